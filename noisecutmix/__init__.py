@@ -1,0 +1,52 @@
+"""NoiseCutMix: augmented data sets from a diffusion model.
+
+At every denoising step of a Stable Diffusion + LoRA pipeline the noise estimates for two classes are merged under a
+CutMix mask, so one natural picture carries features of both, and its label is the area-weighted mix.
+
+    from noisecutmix import NoiseCutMixGenerator
+
+    generator = NoiseCutMixGenerator(device="cpu", data_name="digits")
+    images, labels, masks = generator([3, 5], return_mask=True)
+
+Names are loaded on first use, so that importing the package imports no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .augmented import AugmentedDataset, MixedDataset
+    from .checkpoint import load_pipeline
+    from .cutmix import make_mask_and_ratio
+    from .generator import NoiseCutMixGenerator
+    from .pipeline import NoiseCutMixPipeline
+
+__version__ = "1.0.0"
+
+_ROOMS = {
+    "AugmentedDataset": "augmented",
+    "MixedDataset": "augmented",
+    "NoiseCutMixGenerator": "generator",
+    "NoiseCutMixPipeline": "pipeline",
+    "load_pipeline": "checkpoint",
+    "make_mask_and_ratio": "cutmix",
+}
+
+__all__ = [
+    "AugmentedDataset",
+    "MixedDataset",
+    "NoiseCutMixGenerator",
+    "NoiseCutMixPipeline",
+    "load_pipeline",
+    "make_mask_and_ratio",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_ROOMS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

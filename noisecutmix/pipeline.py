@@ -1,0 +1,299 @@
+"""NoiseCutMix: two prompts' noise estimates, merged under a mask at every denoising step."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from PIL import Image
+
+from .errors import RunError, is_out_of_memory
+
+Mask = Image.Image | np.ndarray | torch.Tensor
+Prompt = str | list[str]
+DECODED_AT_ONCE = 8
+
+
+class NonFiniteImageError(RunError):
+    """Pictures came out not finite (an overflow of float16); `indices` tells which of the batch."""
+
+    def __init__(self, indices: list[int]):
+        super().__init__(f"pictures {indices} of the batch are not finite; use dtype bfloat16 or float32")
+        self.indices = indices
+
+
+class NoiseCutMixPipeline(StableDiffusionPipeline):
+    """Stable Diffusion with two prompts a picture: `prompt_1` governs the mask's white, `prompt_2` its black.
+
+    Everything but the denoising loop is diffusers' StableDiffusionPipeline: Takezaki, Bise and Matsuo, NoiseCutMix,
+    ICCV Workshops 2025, arXiv 2509.00378.
+    """
+
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "mask"]
+    name2placeholder: dict[str, str]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt_1: Prompt | None = None,
+        prompt_2: Prompt | None = None,
+        mask: Mask | list[Mask] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 7.5,
+        negative_prompt: Prompt | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        prompt_1_embeds: torch.Tensor | None = None,
+        prompt_2_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+    ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
+        """Draw one picture for each pair of prompts and mask.
+
+        Args:
+            prompt_1: the prompt, or list of prompts, for the mask's white.
+            prompt_2: likewise for its black; as many, and of the same type.
+            mask: one mask a prompt, each of the picture's size: PIL (F, I: 0 to 1), or an array (height, width)
+                of uint8 0 to 255 or float 0 to 1; (B, height, width) is a batch. White is 1. Levels are 1/255.
+            height, width: in pixels, divisible by the VAE's factor; None is the model's own.
+            num_inference_steps: denoising steps, at least 1.
+            guidance_scale: of classifier-free guidance; at most 1 leaves the empty prompt out, eps = mixed.
+            negative_prompt: in place of the empty prompt.
+            num_images_per_prompt: pictures a pair; they are neighbours in the output (a, a, b, b).
+            generator: one for all, or one a picture, for the initial noise. It is drawn in float32 on the generator's
+                device, so a CPU generator gives the same noise on every device. None takes fresh entropy.
+            latents: the initial noise (B, channels, height / factor, width / factor) itself.
+            output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as in diffusers; the tensors are "latents",
+                "prompt_embeds" (3B or 2B, tokens, width) and "mask" (B, 1, h, w).
+            guidance_interval: guide only in these fractions of the schedule, 0 its start and 1 its end; elsewhere
+                eps = mixed. (0, 1) is the method; less is an approximation that saves the empty prompt's share
+                (Kynkäänniemi et al., 2024, arXiv 2404.07724).
+            prompt_1_embeds, prompt_2_embeds, negative_prompt_embeds: encoded prompts (B, tokens, width) in their stead.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message names it and its value.
+            NonFiniteImageError: a decoded picture holds nan or infinity.
+        """
+        # 0. Default height and width
+        sample_size = self.unet.config.sample_size
+        sample_height, sample_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        height = sample_height * self.vae_scale_factor if height is None else height
+        width = sample_width * self.vae_scale_factor if width is None else width
+
+        # 1. Check inputs
+        self._check_pair(prompt_1, prompt_2, prompt_1_embeds, prompt_2_embeds)
+        self._check_options(
+            height, width, num_inference_steps, num_images_per_prompt, guidance_interval, output_type,
+            callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        batch_size = _batch_size(prompt_1, prompt_1_embeds)
+        masks = self._check_masks(mask, batch_size, height, width)
+
+        # 2. Define call parameters
+        device = self._execution_device
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        num_images = batch_size * num_images_per_prompt
+
+        # 3. Encode the prompts
+        embeds_1, uncond_embeds = self.encode_prompt(
+            prompt_1, device, num_images_per_prompt, guidance_scale > 1, negative_prompt,
+            prompt_embeds=prompt_1_embeds, negative_prompt_embeds=negative_prompt_embeds,
+        )  # fmt: skip
+        embeds_2, _ = self.encode_prompt(prompt_2, device, num_images_per_prompt, False, prompt_embeds=prompt_2_embeds)
+        prompt_embeds = torch.cat([embeds_1, embeds_2])  # (2B, tokens, width)
+        if guidance_scale > 1:
+            prompt_embeds = torch.cat([prompt_embeds, uncond_embeds])  # (3B, tokens, width)
+
+        # 4. Prepare the masks: (B, 1, h, w), 1 where prompt_1 rules, smooth at the border
+        latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
+        latent_mask = self.mask_processor.preprocess(masks, height=latent_height, width=latent_width)
+        latent_mask = latent_mask.repeat_interleave(num_images_per_prompt, dim=0).to(device, prompt_embeds.dtype)
+
+        # 5. Prepare timesteps; without a begin index the scheduler would look each step up on the host
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+
+        # 6. Prepare latents: (B, channels, h, w), drawn in float32 so that device and dtype do not matter
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        noise_device = generator[0].device if isinstance(generator, list) else generator.device
+        latents = self.prepare_latents(
+            num_images, self.unet.config.in_channels, height, width, torch.float32, noise_device, generator, latents
+        ).to(device, prompt_embeds.dtype)
+
+        # 7. Denoise
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+
+                # one call for all estimates: prompt_1, prompt_2 and, where guided, the empty prompt
+                is_guided = guidance_scale > 1 and guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]
+                branches = 3 if is_guided else 2
+                latent_model_input = torch.cat([latents] * branches)  # (3B, channels, h, w)
+                latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
+                estimates = self.unet(
+                    latent_model_input,
+                    t,
+                    encoder_hidden_states=prompt_embeds[: branches * num_images],
+                    return_dict=False,
+                )[0].chunk(branches)  # each (B, channels, h, w)
+
+                noise_estimate = latent_mask * estimates[0] + (1 - latent_mask) * estimates[1]
+                if is_guided:
+                    noise_estimate = estimates[2] + guidance_scale * (noise_estimate - estimates[2])
+
+                latents = self.scheduler.step(noise_estimate, t, latents, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds, "mask": latent_mask}
+                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, i, t, chosen) or {}
+                    latents, prompt_embeds, latent_mask = tensors["latents"], tensors["prompt_embeds"], tensors["mask"]
+                progress_bar.update()
+
+        # 8. Decode
+        if output_type == "latent":
+            images = latents
+        else:
+            decoded = self._decode(latents)  # (B, 3, height, width), -1 to 1
+            if output_type == "pil":
+                images = _to_pil(decoded)
+            else:
+                images = self.image_processor.postprocess(decoded, output_type=output_type)
+
+        # 9. Offload all models
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, None
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
+
+    @property
+    def mask_processor(self) -> VaeImageProcessor:
+        """Resizes a mask to the latents (Lanczos, not thresholded), values 0 to 1."""
+        return VaeImageProcessor(vae_scale_factor=1, do_normalize=False, do_binarize=False, do_convert_grayscale=True)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        # in parts: from a batch of 32 on, tensors of 512x512 pictures have 2^31 elements, which some kernels refuse
+        parts = (latents / self.vae.config.scaling_factor).split(DECODED_AT_ONCE)
+        while True:
+            try:
+                decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
+                break
+            except RuntimeError as error:
+                if self.vae.use_slicing or len(latents) == 1 or not is_out_of_memory(error):
+                    raise
+            self.vae.enable_slicing()  # outside the handler, so that the failed try's memory is free
+        is_finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
+        if not all(is_finite):
+            raise NonFiniteImageError([index for index, finite in enumerate(is_finite) if not finite])
+        return decoded
+
+    @staticmethod
+    def _check_pair(
+        prompt_1: Prompt | None,
+        prompt_2: Prompt | None,
+        prompt_1_embeds: torch.Tensor | None,
+        prompt_2_embeds: torch.Tensor | None,
+    ) -> None:
+        for number, prompt, embeds in ((1, prompt_1, prompt_1_embeds), (2, prompt_2, prompt_2_embeds)):
+            if (prompt is None) == (embeds is None):
+                raise ValueError(
+                    f"Provide either `prompt_{number}` or `prompt_{number}_embeds`, not both and not none."
+                )
+            if prompt is not None and not isinstance(prompt, (str, list)):
+                raise TypeError(f"`prompt_{number}` has to be a `str` or `list` but is {type(prompt)}.")
+        if prompt_1 is not None and prompt_2 is not None and type(prompt_1) is not type(prompt_2):
+            raise TypeError(
+                f"`prompt_1` and `prompt_2` have to be of one type but are {type(prompt_1)} and {type(prompt_2)}."
+            )
+        size_1, size_2 = _batch_size(prompt_1, prompt_1_embeds), _batch_size(prompt_2, prompt_2_embeds)
+        if size_1 != size_2 or size_1 == 0:
+            raise ValueError(f"`prompt_1` and `prompt_2` have to be equally many but are {size_1} and {size_2}.")
+
+    def _check_options(
+        self,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        num_images_per_prompt: int,
+        guidance_interval: tuple[float, float],
+        output_type: str,
+        tensor_inputs: tuple[str, ...] | list[str],
+    ) -> None:
+        factor = self.vae_scale_factor
+        if height < 1 or width < 1 or height % factor or width % factor:
+            raise ValueError(f"`height` and `width` have to be multiples of {factor} but are {height} and {width}.")
+        if num_inference_steps < 1 or num_images_per_prompt < 1:
+            raise ValueError(
+                "`num_inference_steps` and `num_images_per_prompt` have to be at least 1 but are "
+                f"{num_inference_steps} and {num_images_per_prompt}."
+            )
+        if not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(f"`guidance_interval` has to rise within 0 to 1 but is {guidance_interval}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` has to be pil, np, pt or latent but is {output_type!r}.")
+        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs} but has {unknown}."
+            )
+
+    @staticmethod
+    def _check_masks(mask: Mask | list[Mask] | None, batch_size: int, height: int, width: int) -> list[Image.Image]:
+        """Return one "L" picture a prompt, so that every kind of mask takes the same way to the latents."""
+        if mask is None:
+            raise ValueError("Provide `mask`: one a prompt.")
+        if isinstance(mask, (np.ndarray, torch.Tensor)) and mask.ndim == 3:
+            mask = list(mask)
+        masks = [_to_mask_picture(one) for one in (mask if isinstance(mask, list) else [mask])]
+        if len(masks) != batch_size:
+            raise ValueError(f"`mask` has to hold one mask a prompt, {batch_size}, but holds {len(masks)}.")
+        for one in masks:
+            if one.size != (width, height):
+                raise ValueError(f"`mask` has to be {width} x {height} pixels (width x height) but is {one.size}.")
+        return masks
+
+
+def _batch_size(prompt: Prompt | None, embeds: torch.Tensor | None) -> int:
+    if embeds is not None:
+        return len(embeds)
+    return len(prompt) if isinstance(prompt, list) else 1
+
+
+def _to_mask_picture(mask: Mask) -> Image.Image:
+    if isinstance(mask, Image.Image) and not mask.mode.startswith(("F", "I")):
+        return mask.convert("L")
+    if isinstance(mask, torch.Tensor):
+        mask = mask.detach().cpu().float() if mask.is_floating_point() else mask.cpu()  # numpy has no bfloat16
+    values = np.asarray(mask)
+    if values.ndim != 2:
+        raise ValueError(f"`mask` has to have the shape (height, width) but has {values.shape}.")
+    if values.dtype == np.uint8:
+        return Image.fromarray(values)
+    values = values.astype(np.float32)
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError(f"`mask` has to lie within 0 to 1 but reaches from {values.min()} to {values.max()}.")
+    return Image.fromarray(np.uint8(np.round(values * 255)))
+
+
+def _to_pil(decoded: torch.Tensor) -> list[Image.Image]:
+    """Turn (B, 3, H, W) of -1 to 1 into pictures: rounded to uint8 where they are, then one copy to the host."""
+    pixels = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]

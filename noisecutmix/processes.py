@@ -1,0 +1,84 @@
+"""The processes of one launch (accelerate launch, torchrun), which share the work of a data set.
+
+Imports no torch where there is one process, so that a folder that is refused is refused at once.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from .errors import PeerStoppedError
+
+LONGEST_WAIT = timedelta(days=365)
+PEER_STOPPED = "another process of this launch stopped; the same command goes on"
+
+
+class Processes:
+    """This process's place in the launch: `rank` of `count`, one process alone being 0 of 1.
+
+    They talk over gloo, on the CPU, and only at the start and the end of a run: the pictures are independent.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        if self.count > 1:
+            from torch import distributed
+
+            distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def own_device(self, device: str) -> str:
+        """Return this process's own GPU where the launch shares "cuda", else `device` as it is."""
+        if device == "cuda" and self.count > 1:
+            import torch
+
+            return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % torch.cuda.device_count()}"
+        return device
+
+    def broadcast(self, value: Any) -> Any:
+        """Return process 0's `value` in every process.
+
+        Raises:
+            PeerStoppedError: another process stopped.
+        """
+        if self.count == 1:
+            return value
+        from torch import distributed
+
+        values = [value]
+        try:
+            distributed.broadcast_object_list(values)
+        except RuntimeError as error:
+            raise PeerStoppedError(PEER_STOPPED) from error
+        return values[0]
+
+    def wait(self, while_waiting: Callable[[], None] = lambda: None) -> None:
+        """Return once every process is here, calling `while_waiting` twice a second.
+
+        Raises:
+            PeerStoppedError: another process stopped.
+        """
+        if self.count == 1:
+            return
+        from torch import distributed
+
+        try:
+            arrived = distributed.barrier(async_op=True)
+            while not arrived.is_completed():
+                while_waiting()
+                time.sleep(0.5)
+            arrived.wait()
+        except RuntimeError as error:
+            raise PeerStoppedError(PEER_STOPPED) from error
+
+    def close(self) -> None:
+        if self.count > 1:
+            from torch import distributed
+
+            distributed.destroy_process_group()

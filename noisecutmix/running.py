@@ -1,0 +1,240 @@
+"""How a script runs: its device and generator, its messages and its exit status. Imports no torch before it must."""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .datasets import EMBEDDINGS_FILE, LORA_FILE
+from .errors import InputError, PeerStoppedError, RunError, is_main_process, is_out_of_memory, say
+
+if TYPE_CHECKING:
+    from .generator import NoiseCutMixGenerator
+    from .writer import OutputFolder
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: stop as for Ctrl-C, with that signal's exit status."""
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Say in one line what is wrong, and exit. Bad input is said once a machine, a failure by the process it hit."""
+    rank = "" if is_main_process() else f"process {os.environ['RANK']}: "
+    if not rank or status != 2 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script: one line and an exit status in place of a traceback where the user can mend it.
+
+    2: bad input. 1: the run could not go on. 130 and 143: Ctrl-C and SIGTERM.
+    """
+    try:
+        main()
+    except InputError as error:
+        fail(str(error), 2)
+    except PeerStoppedError as error:
+        say(str(error))
+        sys.exit(1)
+    except RunError as error:
+        fail(str(error), 1)
+    except OSError as error:
+        fail(describe(error), 1)
+    except KeyboardInterrupt as interrupt:
+        say(str(interrupt) or "stopped; run the same command again")
+        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
+
+
+def describe(error: OSError) -> str:
+    """Return an operating system's error as one line that names the file."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+@contextlib.contextmanager
+def telling_progress(folder: "OutputFolder", overwrite: bool) -> Iterator[None]:
+    """Add to a stop's or a failure's message how many items are done and how to go on."""
+    how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(f"stopped: {_progress(folder)}; {how}") from interrupt
+    except OSError as error:
+        raise RunError(f"{describe(error)}; {_progress(folder)}; {how}") from error
+    except RunError as error:
+        raise type(error)(f"{error}; {_progress(folder)}") from error
+
+
+def _progress(folder: "OutputFolder") -> str:
+    try:
+        return f"{folder.count_done()} of {folder.num_items} items are done"
+    except OSError:
+        return f"{folder.root} cannot be read"
+
+
+def choose_device(requested: str | None) -> str:
+    """Return the device to draw on: the requested one, else cuda, mps or cpu, whichever is there first.
+
+    Raises:
+        InputError: the requested device is not there.
+    """
+    if requested is None:
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+        if torch.backends.mps.is_available():
+            return "mps"
+        say("no GPU seen: drawing on the CPU")
+        return "cpu"
+    if requested == "mps" and not _has_mps():
+        raise InputError("--device: mps is not there; try --device=cpu")
+    if requested.startswith("cuda"):
+        number = int(requested.partition(":")[2] or 0)
+        for count_devices in (_count_devices_by_driver, _count_devices_by_torch):  # the quick one first
+            count = count_devices()
+            if number >= count:
+                raise InputError(f"--device: {requested} is not there, CUDA devices seen: {count}; try --device=cpu")
+    return requested
+
+
+def _has_mps() -> bool:
+    if sys.platform != "darwin":
+        return False
+    import torch
+
+    return torch.backends.mps.is_available()
+
+
+def _count_devices_by_driver() -> int:
+    """Ask NVIDIA's driver, which answers in milliseconds where importing torch takes seconds."""
+    try:
+        driver = ctypes.CDLL("nvcuda" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        # one of AMD's, which torch calls cuda too, or a driver that only torch's own paths lead to
+        may_be_there = sys.platform != "linux" or any(Path(file).exists() for file in ("/dev/kfd", "/dev/nvidiactl"))
+        return _count_devices_by_torch() if may_be_there else 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) == 0:
+        driver.cuDeviceGetCount(ctypes.byref(count))
+    return count.value
+
+
+def _count_devices_by_torch() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def make_output_dir(path: Path) -> None:
+    """Make a folder where there is none.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir: {path} cannot be made: {error.strerror}") from error
+
+
+def options_that_shape_the_data(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Return what a data set depends on, as JSON values: a run may go on only where all of it is the same."""
+    from .fingerprint import fingerprint_files, fingerprint_model
+
+    return {
+        "seed": options.seed,
+        "alpha": options.alpha,
+        "guidance_scale": options.guidance_scale,
+        "guidance_interval": list(options.guidance_interval),
+        "num_inference_steps": options.num_inference_steps,
+        "resolution": options.resolution,
+        "dtype": _dtype_name(options, device),
+        "prompt": options.prompt,
+        "meta_class": options.data_set.meta_class,
+        "class_names": list(options.data_set.class_names),
+        "model": fingerprint_model(options.model),
+        "checkpoint": fingerprint_files(
+            options.ckpt_path, (options.ckpt_path / name for name in (LORA_FILE, EMBEDDINGS_FILE))
+        ),
+    }
+
+
+def compare_with_main_process(own: dict[str, Any], main: dict[str, Any]) -> None:
+    """Refuse to draw other pictures than the main process of the launch, on a machine with other files, say.
+
+    Raises:
+        InputError: an option differs.
+    """
+    for name, value in main.items():
+        if own[name] != value:
+            raise InputError(f"--{name}: differs from the main process's: {own[name]} here, {value} there")
+
+
+def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Return what is worth knowing of a run beside what shapes the data; `command` goes on with it."""
+    return {
+        "command": ["python", *(argument for argument in sys.argv if argument != "--overwrite")],
+        "data_name": options.data_name,
+        "model": options.model,
+        "ckpt_path": str(options.ckpt_path),
+        "batch_size": options.batch_size,
+        "device": device,
+        "compile": options.compile,
+    }
+
+
+def create_generator(options: argparse.Namespace, device: str) -> "NoiseCutMixGenerator":
+    """Load what the options ask for, without the libraries' chatter; compile it where asked."""
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    from .generator import NoiseCutMixGenerator  # its imports chatter too
+
+    load = functools.partial(
+        NoiseCutMixGenerator,
+        device=device,
+        data_name=options.data_name,
+        ckpt_path=options.ckpt_path,
+        guidance_scale=options.guidance_scale,
+        num_inference_steps=options.num_inference_steps,
+        alpha=options.alpha,
+        model=options.model,
+        resolution=options.resolution,
+        dtype=getattr(torch, _dtype_name(options, device)),
+        prompt=options.prompt,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        guidance_interval=tuple(options.guidance_interval),
+    )
+    try:
+        generator = load()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error
+    if options.compile:
+        start = time.perf_counter()
+        try:
+            generator.compile()
+        except RunError:
+            raise
+        except Exception as error:  # a missing compiler, for one: torch's errors differ by backend and version
+            reason = str(error).partition("\n\n")[0]
+            raise RunError(f"--compile: {type(error).__name__}: {reason}; try without it") from error
+        say(f"compiled in {time.perf_counter() - start:.0f} s")
+    return generator
+
+
+def _dtype_name(options: argparse.Namespace, device: str) -> str:
+    return options.dtype or ("float16" if device.startswith("cuda") else "float32")
