@@ -1,0 +1,296 @@
+"""Train the bundled demo: a tiny Stable Diffusion of handwritten digits, and a Diff-Mix checkpoint for it.
+
+    uv run python ckpts/digits/train.py --output_dir=outputs/digits_checkpoint
+    uv run python ckpts/digits/train.py --output_dir=outputs/digits_checkpoint --steps=30   # a quick try
+
+Three stages, each with its own bar: the autoencoder, the UNet with its text encoder, and the rank-10 LoRA with one
+learned token a class. Everything is seeded: the same versions on the same machine train the same weights.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+RESOLUTION = 32
+LORA_RANK = 10
+EMPTY_PROMPT_SHARE = 0.1
+
+
+def load_split():
+    """Return (train_images, train_labels, test_images, test_labels): 8x8 digits, values 0 to 16; a fifth is the test.
+
+    Generator, classifiers and tests all split here, so that no one trains on a test digit.
+    """
+    digits = load_digits()
+    split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    train_images, test_images, train_labels, test_labels = split
+    return train_images, train_labels, test_images, test_labels
+
+
+def enlarge(images):
+    """Turn (n, 8, 8) digits of 0 to 16 into (n, 32, 32) uint8 pictures (bicubic)."""
+    pictures = [Image.fromarray(np.uint8(np.round(image * 255 / 16))) for image in images]
+    return np.stack([np.asarray(picture.resize((RESOLUTION, RESOLUTION), Image.BICUBIC)) for picture in pictures])
+
+
+def write_tokenizer(folder):
+    """Write a byte-level CLIP tokenizer without merges: one token a character, in the files every version reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = characters + [character + "</w>" for character in characters] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    special_tokens = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 24, "do_lower_case": True, **special_tokens}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special_tokens, indent=2), encoding="utf-8")
+
+
+def build_text_encoder(tokenizer):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_unet():
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // 2,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler():
+    """The noise schedule of Stable Diffusion 1.5."""
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="linspace",  # what DPM-Solver++ takes for Stable Diffusion 1.5, whose file leaves it open
+    )
+
+
+def tokenize(tokenizer, prompts):
+    return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def optimize(parameters, loss_of_batch, steps, learning_rate, description, after_step=None):
+    """Minimise with Adam, a short warm-up and a cosine decay to zero."""
+    parameters = list(parameters)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps)),
+    )
+    bar = tqdm(range(steps), desc=description, unit="step")
+    for step in bar:
+        loss = loss_of_batch()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if after_step is not None:
+            after_step(step)
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def train_vae(images, steps, rng):
+    """Fit the autoencoder to `images` (n, 3, 32, 32) in [-1, 1], and scale its latents to unit variance."""
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=RESOLUTION,
+    )
+
+    def loss_of_batch():
+        batch = images[torch.randint(len(images), (64,), generator=rng)]
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample(generator=rng)).sample
+        return F.mse_loss(decoded, batch) + F.l1_loss(decoded, batch) + 1e-5 * posterior.kl().mean()
+
+    optimize(vae.parameters(), loss_of_batch, steps, 2e-3, "autoencoder")
+    vae.eval().requires_grad_(False)
+    vae.register_to_config(scaling_factor=float(1 / vae.encode(images).latent_dist.sample(generator=rng).std()))
+    return vae
+
+
+def diffusion_loss(unet, text_encoder, scheduler, latents, input_ids, empty_ids, labels, rng):
+    """The noise-estimate loss of a random batch of 64; one caption in ten is empty."""
+    index = torch.randint(len(latents), (64,), generator=rng)
+    ids = input_ids[labels[index]]
+    is_empty = torch.rand(len(index), generator=rng) < EMPTY_PROMPT_SHARE
+    ids = torch.where(is_empty[:, None], empty_ids, ids)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(index),), generator=rng)
+    noise = torch.randn(latents[index].shape, generator=rng)
+    noisy = scheduler.add_noise(latents[index], noise, timesteps)
+    estimate = unet(noisy, timesteps, encoder_hidden_states=text_encoder(ids)[0]).sample
+    return F.mse_loss(estimate, noise)
+
+
+def train_base(latents, labels, tokenizer, scheduler, steps, rng):
+    """Train UNet and text encoder on captions with the classes' names; return their moving averages."""
+    models = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+    averaged = copy.deepcopy(models).requires_grad_(False)
+    input_ids = tokenize(tokenizer, [f"a photo of a {name} digit" for name in CLASS_NAMES])
+    empty_ids = tokenize(tokenizer, [""])
+
+    def loss_of_batch():
+        unet, text_encoder = models["unet"], models["text_encoder"]
+        return diffusion_loss(unet, text_encoder, scheduler, latents, input_ids, empty_ids, labels, rng)
+
+    def update_average(step):
+        decay = min(0.995, (1 + step) / (10 + step))
+        for average, parameter in zip(averaged.parameters(), models.parameters()):
+            average.lerp_(parameter.detach(), 1 - decay)
+
+    optimize(models.parameters(), loss_of_batch, steps, 1.5e-3, "UNet", update_average)
+    return averaged["unet"].eval(), averaged["text_encoder"].eval()
+
+
+def train_lora(pipe, latents, labels, steps, rng):
+    """Fine-tune as Diff-Mix does: LoRA on the UNet's attention and one new token a class, all else frozen.
+
+    Returns (LoRA state dict in Diff-Mix's keys, embeddings by placeholder).
+    """
+    unet, text_encoder, tokenizer = pipe.unet, pipe.text_encoder, pipe.tokenizer
+    placeholders = [f"<class_{label}>" for label in range(len(CLASS_NAMES))]
+    unet.requires_grad_(False)
+    text_encoder.requires_grad_(False)
+    unet.add_adapter(
+        LoraConfig(
+            r=LORA_RANK,
+            lora_alpha=LORA_RANK,
+            init_lora_weights="gaussian",
+            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+        )
+    )
+    first_new_id = len(tokenizer)
+    tokenizer.add_tokens(placeholders)
+    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    embeddings = text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    with torch.no_grad():
+        embeddings[first_new_id:] = embeddings[:first_new_id].std() * torch.randn(
+            len(placeholders), embeddings.shape[1], generator=rng
+        )
+    # Adam leaves a row alone as long as its gradient is zero, so only the new tokens learn.
+    is_new = (torch.arange(len(embeddings)) >= first_new_id)[:, None]
+    embeddings.register_hook(lambda gradient: gradient * is_new)
+
+    input_ids = tokenize(tokenizer, [f"a photo of a {placeholder} digit" for placeholder in placeholders])
+    empty_ids = tokenize(tokenizer, [""])
+
+    def loss_of_batch():
+        return diffusion_loss(unet, text_encoder, pipe.scheduler, latents, input_ids, empty_ids, labels, rng)
+
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimize([*trained, embeddings], loss_of_batch, steps, 2e-3, "LoRA and tokens")
+
+    lora = {}
+    for key, tensor in get_peft_model_state_dict(unet).items():
+        module, direction = key.removesuffix(".weight").rsplit(".lora_", 1)
+        attention, layer = module.removesuffix(".0").rsplit(".", 1)
+        old_direction = {"A": "down", "B": "up"}[direction]
+        lora[f"{attention}.processor.{layer}_lora.{old_direction}.weight"] = tensor.detach().contiguous()
+    learned = {name: embeddings[first_new_id + i].detach().clone() for i, name in enumerate(placeholders)}
+    return lora, learned
+
+
+def save_base(folder, pipe):
+    """Save in the diffusers layout, with the file names and keys that transformers 4 reads as well as 5."""
+    pipe.save_pretrained(folder)
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    write_tokenizer(folder / "tokenizer")
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def save_diff_mix_checkpoint(folder, lora, learned):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(lora, folder / "pytorch_lora_weights.safetensors")
+    pickled = {
+        "learned_embeds_dict": learned,
+        "name2placeholder": dict(zip(CLASS_NAMES, learned)),
+        "placeholder2name": dict(zip(learned, CLASS_NAMES)),
+    }
+    torch.save(pickled, folder / "learned_embeds-steps-last.bin")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train the bundled digits demo (about 20 minutes on two cores).")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/digits_checkpoint"))
+    parser.add_argument("--steps", type=int, default=3000, help="UNet steps; the other stages scale with them")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    train_images, train_labels, _, _ = load_split()
+    images = torch.from_numpy(enlarge(train_images)).float() / 127.5 - 1
+    images = images[:, None].repeat(1, 3, 1, 1)  # (n, 3, 32, 32)
+    labels = torch.from_numpy(train_labels)
+    rng = torch.Generator().manual_seed(args.seed)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)  # the layers' initial weights
+        vae = train_vae(images, max(1, args.steps // 5), rng)
+        latents = vae.encode(images).latent_dist.sample(generator=rng) * vae.config.scaling_factor  # (n, 4, 16, 16)
+
+        write_tokenizer(args.output_dir / "base" / "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(args.output_dir / "base" / "tokenizer")
+        scheduler = build_scheduler()
+        unet, text_encoder = train_base(latents, labels, tokenizer, scheduler, args.steps, rng)
+        pipe = StableDiffusionPipeline(
+            vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        )
+        save_base(args.output_dir / "base", pipe)
+        lora, learned = train_lora(pipe, latents, labels, max(1, args.steps * 4 // 15), rng)
+        save_diff_mix_checkpoint(args.output_dir / f"shot-1-lora-rank{LORA_RANK}", lora, learned)
+    print(f"wrote {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
