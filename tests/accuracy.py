@@ -1,0 +1,474 @@
+"""Does it help? Classifiers of handwritten digits, trained with and without NoiseCutMix, on a laptop.
+
+uv run python tests/accuracy.py --json=outputs/accuracy/accuracy.json
+uv run python tests/accuracy.py --work_dir=outputs/accuracy_try --seeds=1 --num_aug=16 --steps=20   # a quick try
+
+Draws two augmented sets with the bundled demo, trains a small classifier for every row, number of real digits and seed,
+and measures how natural the seams are and how well the labels fit. A second run in the same --work_dir draws nothing.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from noisecutmix import AugmentedDataset, MixedDataset, cli, running
+from noisecutmix.cutmix import Box, draw_mask, sample_box
+from noisecutmix.errors import RunError
+from noisecutmix.plan import Item, Plan
+from noisecutmix.preview import AUG_COLOR, TARGET_COLOR
+from noisecutmix.writer import OutputFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cpu"
+NUM_CLASSES = 10
+SIDE = 16  # of the classifier's input
+BATCH_SIZE = 64
+LEARNING_RATE = 2e-3
+LARGEST_SHIFT = 2  # pixels of the classifier's input: one of the 8x8 digit
+AUGMENTED_SHARE = 0.5  # of the draws; fixed beforehand, as all the numbers here
+ALPHA = 1.0  # of MixUp's and CutMix's Beta distribution
+DIGITS_A_CLASS = {"10 a class": 10, "all": None}
+BASELINE = "CutMix"
+MOST_SEAMS = 64
+BINS = 10
+
+
+def load_script(path: Path) -> Any:
+    """Import a file that lies in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# The pictures
+
+
+@dataclass(frozen=True)
+class SingleClassPlan(Plan):
+    """A plan's items with an all-white mask and a hard label: one class rules all, the noise stays."""
+
+    shown: str = "target"
+
+    def item(self, index: int, target: int | None = None, aug: int | None = None) -> Item:
+        item = super().item(index, target, aug)
+        if self.shown == "aug":
+            item = replace(item, target=item.aug, aug=item.target)
+        return replace(item, box=(0, 0, self.resolution, self.resolution), ratio=1.0)
+
+
+def draw_mixed(arguments: list[str]) -> None:
+    """Run augmentation.py; it goes on where an earlier run stopped."""
+    status = subprocess.run([sys.executable, str(ROOT / "augmentation.py"), *arguments], check=False).returncode
+    if status:
+        raise RunError("augmentation.py failed, see above; another --work_dir starts anew")
+
+
+def draw_single_class(root: Path, plan: SingleClassPlan, num_items: int, options: argparse.Namespace) -> None:
+    """Draw the plan's items into a folder such as augmentation.py's; goes on where an earlier run stopped."""
+    folder = OutputFolder(root, plan, num_items, options.data_set.class_names)
+    shaping = {**running.options_that_shape_the_data(options, DEVICE), "shown": plan.shown}
+    folder.take(shaping, overwrite=False)
+    try:
+        folder.begin(running.describe_run(options, DEVICE))
+        missing = folder.find_missing().tolist()
+        if missing:
+            generator = running.create_generator(options, DEVICE)
+            with tqdm(total=num_items, initial=num_items - len(missing), unit="image") as bar:
+                for start in range(0, len(missing), generator.batch_size):
+                    items = [plan.item(index) for index in missing[start : start + generator.batch_size]]
+                    for item, image in zip(items, generator.draw(items)):
+                        folder.write(item, image)
+                    bar.update(len(items))
+        if not folder.is_complete():
+            folder.finish()
+    finally:
+        folder.close()
+
+
+def to_input(image: Image.Image) -> torch.Tensor:
+    """Return a picture as the classifier takes it: (1, 16, 16), 0 to 1."""
+    small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small)).float()[None] / 255
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """Return a picture's brightness (height, width)."""
+    return np.asarray(image.convert("L"), dtype=np.float32)
+
+
+def decode(data_set: AugmentedDataset) -> TensorDataset:
+    """Return the same items, decoded once."""
+    pictures, soft_labels = zip(*data_set)
+    return TensorDataset(torch.stack(pictures), torch.stack(soft_labels))
+
+
+# The classifier
+
+
+def mix_up(pictures: torch.Tensor, soft_labels: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    """Blend every picture of a batch with another one (Zhang et al., mixup, ICLR 2018)."""
+    share = rng.beta(ALPHA, ALPHA)
+    order = torch.from_numpy(rng.permutation(len(pictures)))
+    return tuple(share * values + (1 - share) * values[order] for values in (pictures, soft_labels))
+
+
+def cut_mix(pictures: torch.Tensor, soft_labels: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    """Paste a box of another picture into every one of a batch (Yun et al., CutMix, ICCV 2019)."""
+    height, width = pictures.shape[-2:]
+    mask = np.array(draw_mask(sample_box(height, width, ALPHA, rng), height, width)) > 0
+    order = torch.from_numpy(rng.permutation(len(pictures)))
+    share = mask.mean()
+    pasted = torch.where(torch.from_numpy(mask), pictures[order], pictures)
+    return pasted, share * soft_labels[order] + (1 - share) * soft_labels
+
+
+class Row(NamedTuple):
+    """A way to train: which set's pictures come in, and what mixes the batch."""
+
+    name: str
+    pictures: str | None = None
+    mix: Callable[[torch.Tensor, torch.Tensor, np.random.Generator], tuple[torch.Tensor, ...]] | None = None
+
+
+ROWS = (
+    Row("none"),
+    Row("MixUp", mix=mix_up),
+    Row("CutMix", mix=cut_mix),
+    Row("Stable Diffusion (one class, hard label)", "stable_diffusion"),
+    Row("NoiseCutMix", "noisecutmix"),
+    Row("CutMix + NoiseCutMix", "noisecutmix", cut_mix),
+    Row("MixUp + NoiseCutMix", "noisecutmix", mix_up),
+)
+
+
+def build_classifier() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * (SIDE // 4) ** 2, NUM_CLASSES),
+    )
+
+
+def shift(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Move each picture (B, 1, h, w) by up to two pixels a direction; black comes in."""
+    count, _, height, width = pictures.shape
+    padded = F.pad(pictures, (LARGEST_SHIFT,) * 4)
+    top, left = torch.from_numpy(rng.integers(2 * LARGEST_SHIFT + 1, size=(2, count, 1)))
+    rows, columns = top + torch.arange(height), left + torch.arange(width)  # (B, h), (B, w)
+    return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def train(real: TensorDataset, extra: Dataset | None, mix: Callable | None, seed: int, steps: int) -> nn.Module:
+    """Train a classifier; the seed decides weights, batches, shifts and mixing, whatever the row."""
+    share = 0.0 if extra is None else AUGMENTED_SHARE
+    mixed = MixedDataset(real, real if extra is None else extra, share, NUM_CLASSES, seed)
+    batch_rng, shift_rng, mix_rng = np.random.default_rng(seed).spawn(3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_classifier()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    batches = batch_rng.integers(len(real), size=(steps, BATCH_SIZE)).tolist()
+    for pictures, soft_labels in DataLoader(mixed, batch_sampler=batches, generator=torch.Generator()):
+        pictures = shift(pictures, shift_rng)
+        if mix is not None:
+            pictures, soft_labels = mix(pictures, soft_labels, mix_rng)
+        loss = F.cross_entropy(model(pictures), soft_labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def measure_accuracy(model: nn.Module, test: TensorDataset) -> float:
+    """Return the share of test pictures named right, in percent."""
+    pictures, labels = test.tensors
+    return 100 * float((model(pictures).argmax(1) == labels).float().mean())
+
+
+def choose_subset(real: TensorDataset, digits_a_class: int | None, seed: int) -> TensorDataset:
+    """Return as many random digits of each class, or all of them."""
+    if digits_a_class is None:
+        return real
+    rng = np.random.default_rng(seed)
+    labels = real.tensors[1].numpy()
+    chosen = [rng.permutation(np.flatnonzero(labels == label))[:digits_a_class] for label in range(NUM_CLASSES)]
+    return TensorDataset(*real[np.concatenate(chosen)])
+
+
+def measure_accuracies(
+    real: TensorDataset, test: TensorDataset, sets: dict[str, Dataset], seeds: int, steps: int
+) -> dict[str, dict[str, list[float]]]:
+    """Return the test accuracy of every seed, by row, by number of real digits."""
+    accuracies = {column: {row.name: [] for row in ROWS} for column in DIGITS_A_CLASS}
+    with tqdm(total=len(DIGITS_A_CLASS) * seeds * len(ROWS), unit="classifier") as bar:
+        for column, digits_a_class in DIGITS_A_CLASS.items():
+            for seed in range(seeds):
+                subset = choose_subset(real, digits_a_class, seed)
+                for row in ROWS:
+                    model = train(subset, sets.get(row.pictures), row.mix, seed, steps)
+                    accuracies[column][row.name].append(measure_accuracy(model, test))
+                    bar.update()
+    return accuracies
+
+
+def summarize(accuracies: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Return mean, standard deviation and paired difference to CutMix of every row."""
+    summary = {}
+    for name, values in accuracies.items():
+        differences = np.subtract(values, accuracies[BASELINE])
+        difference, error = float(differences.mean()), deviation(differences) / math.sqrt(len(differences))
+        summary[name] = {
+            "accuracies": values,
+            "mean": float(np.mean(values)),
+            "standard_deviation": deviation(values),
+            "difference_to_cutmix": difference,
+            "standard_error": error,
+            "exceeds_standard_error": len(values) > 1 and abs(difference) > error,
+        }
+    return summary
+
+
+def deviation(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+# The pictures themselves
+
+
+def measure_seams(pictures: Sequence[np.ndarray], boxes: Sequence[Box]) -> float:
+    """Return the mean jump across the boxes' borders over the mean step between all other neighbours."""
+    across, ordinary = [], []
+    for picture, box in zip(pictures, boxes):
+        mask = np.array(draw_mask(box, *picture.shape)) > 0
+        for axis in (0, 1):
+            steps = np.abs(np.diff(picture, axis=axis))
+            is_border = np.diff(mask, axis=axis)
+            across.append(steps[is_border])
+            ordinary.append(steps[~is_border])
+    return float(np.concatenate(across).mean() / np.concatenate(ordinary).mean())
+
+
+def compare_seams(
+    folders: dict[str, Path], items: Sequence[Item], images: np.ndarray, labels: np.ndarray
+) -> dict[str, Any]:
+    """Measure the seams of NoiseCutMix, of the same items' single pictures pasted, and of real digits there."""
+    read = {name: AugmentedDataset(folder, to_pixels) for name, folder in folders.items()}
+    items = [item for item in items if 0 < item.ratio < 1]
+    boxes = [item.box for item in items]
+    rng = np.random.default_rng(0)
+    mixed, pasted, real = [], [], []
+    for item in items:
+        mixed.append(read["noisecutmix"][item.index][0])
+        target, aug = read["stable_diffusion"][item.index][0], read["stable_diffusion_aug"][item.index][0]
+        pasted.append(np.where(np.array(draw_mask(item.box, *target.shape)) > 0, target, aug))
+        real.append(images[rng.choice(np.flatnonzero(labels == item.target))].astype(np.float32))
+    return {
+        "items": len(items),
+        "NoiseCutMix": measure_seams(mixed, boxes),
+        "pasted": measure_seams(pasted, boxes),
+        "real digits": measure_seams(real, boxes),
+    }
+
+
+@torch.no_grad()
+def measure_label_fit(model: nn.Module, pictures: torch.Tensor, items: Sequence[Item]) -> list[dict[str, Any]]:
+    """Return the classifier's mean probability of target and aug class in ten bins of the target's share."""
+    probabilities = model(pictures).softmax(1).numpy()
+    bins = [[item for item in items if min(int(item.ratio * BINS), BINS - 1) == number] for number in range(BINS)]
+    return [
+        {
+            "ratio_from": number / BINS,
+            "ratio_to": (number + 1) / BINS,
+            "items": len(content),
+            "mean_ratio": float(np.mean([item.ratio for item in content])) if content else None,
+            "target": float(np.mean([probabilities[item.index, item.target] for item in content])) if content else None,
+            "aug": float(np.mean([probabilities[item.index, item.aug] for item in content])) if content else None,
+        }
+        for number, content in enumerate(bins)
+    ]
+
+
+def draw_label_fit(bins: Sequence[dict[str, Any]]) -> Image.Image:
+    """Return the plot: probabilities against the label's share; where they fit, they lie on the thin lines."""
+    side, left, top, scale = 1200, 180, 130, 2  # drawn at twice the size, so that lines are smooth
+    plot = Image.new("RGB", (left + side + 60, top + side + 170), "white")
+    draw = ImageDraw.Draw(plot)
+    write = partial(draw.text, fill="black", font=ImageFont.load_default(36))
+
+    def place(ratio: float, probability: float) -> tuple[float, float]:
+        return left + ratio * side, top + (1 - probability) * side
+
+    for tenth in range(0, BINS + 1, 2):
+        share = tenth / BINS
+        draw.line([place(share, 0), place(share, 1)], fill=(230, 230, 230), width=2)
+        draw.line([place(0, share), place(1, share)], fill=(230, 230, 230), width=2)
+        write((place(share, 0)[0], top + side + 36), f"{share:.1f}", anchor="mm")
+        write((left - 24, place(0, share)[1]), f"{share:.1f}", anchor="rm")
+    draw.rectangle([place(0, 1), place(1, 0)], outline="black", width=2)
+    filled = [entry for entry in bins if entry["items"]]
+    for name, color, fit in (("target", TARGET_COLOR, (0, 1)), ("aug", AUG_COLOR, (1, 0))):
+        draw.line([place(0, fit[0]), place(1, fit[1])], fill=color, width=2)
+        points = [place(entry["mean_ratio"], entry[name]) for entry in filled]
+        draw.line(points, fill=color, width=8, joint="curve")
+        for point in points:
+            draw.circle(point, 14, fill=color)
+    write((left, 66), "mean probability:", anchor="lm")
+    write((left + 330, 66), "target class", fill=TARGET_COLOR, anchor="lm")
+    write((left + 580, 66), "aug class", fill=AUG_COLOR, anchor="lm")
+    write((left + 770, 66), "(thin: the soft label)", anchor="lm")
+    write((left + side / 2, top + side + 110), "ratio r: the target class's share of the soft label", anchor="mm")
+    return plot.resize((plot.width // scale, plot.height // scale), Image.Resampling.LANCZOS)
+
+
+# The report
+
+
+def format_table(summaries: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Return the table in Markdown."""
+    cells = [["training"] + [title for column in summaries for title in (column, f"{column}, to {BASELINE}")]]
+    for row in ROWS:
+        cells.append([row.name])
+        for summary in summaries.values():
+            entry = summary[row.name]
+            star = " *" if entry["exceeds_standard_error"] else ""
+            difference = f"{entry['difference_to_cutmix']:+.2f} ± {entry['standard_error']:.2f}{star}"
+            cells[-1] += [
+                f"{entry['mean']:.1f} ± {entry['standard_deviation']:.1f}",
+                "" if row.name == BASELINE else difference,
+            ]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def describe_exposure(num_real: int, num_test: int) -> str:
+    """Say who saw what."""
+    few = NUM_CLASSES * DIGITS_A_CLASS["10 a class"]
+    return (
+        f"Who saw what: the generator was trained on all {num_real:,} training digits. At 10 a class the classifier "
+        f"sees {few} of them, so in the rows with generated pictures the other {num_real - few:,} reach it by way of "
+        "the generator; the other rows have nothing of them. With all digits both saw the same. The "
+        f"{num_test} test digits were seen by neither, and nothing was tuned on them."
+    )
+
+
+def report(results: dict[str, Any]) -> None:
+    seeds, steps = results["seeds"], results["steps"]
+    print(
+        f"\nTest accuracy in percent: mean ± standard deviation over {seeds} seeds, {steps} steps of {BATCH_SIZE} each."
+    )
+    print(f"To {BASELINE}: mean paired difference ± its standard error; *: the difference is larger than that.\n")
+    print(format_table(results["accuracy"]))
+    print(f"\n{results['who_saw_what']}")
+    seams = dict(results["seams"])
+    print(f"\nSeams: jump across the mask's border over an ordinary pixel step, {seams.pop('items')} pictures each")
+    for name, value in seams.items():
+        print(f"  {name:<12} {value:.2f}")
+    print(
+        "\nLabel fit: mean probability by a classifier that saw all real training digits and no generated picture "
+        f"({results['label_fit_classifier_accuracy']:.1f} % right on the test digits)"
+    )
+    print("  ratio r    pictures  target  aug")
+    for entry in results["label_fit"]:
+        ratios = f"{entry['ratio_from']:.1f} to {entry['ratio_to']:.1f}"
+        shares = f"{entry['target']:>6.2f}  {entry['aug']:.2f}" if entry["items"] else f"{'-':>6}  -"
+        print(f"  {ratios}  {entry['items']:>8}  {shares}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seeds", type=cli.positive_int, default=10, metavar="N", help="classifiers a row and column")
+    parser.add_argument("--steps", type=cli.positive_int, default=500, metavar="N", help="training steps of each")
+    parser.add_argument("--num_aug", type=cli.positive_int, default=1000, metavar="N", help="pictures a generated set")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("outputs/accuracy"), metavar="DIR", help="generated sets, label_fit.png"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all results (default: WORK_DIR/accuracy.json)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    transformers_logging.set_verbosity_error()
+    digits = load_script(ROOT / "ckpts" / "digits" / "train.py")
+    train_images, train_labels, test_images, test_labels = digits.load_split()
+    train_images, test_images = digits.enlarge(train_images), digits.enlarge(test_images)
+    real, test = (
+        TensorDataset(torch.stack([to_input(Image.fromarray(image)) for image in images]), torch.from_numpy(labels))
+        for images, labels in ((train_images, train_labels), (test_images, test_labels))
+    )
+
+    # Draw the pictures
+    folders = {name: arguments.work_dir / name for name in ("noisecutmix", "stable_diffusion", "stable_diffusion_aug")}
+    shared = ["--data_name=digits", f"--num_aug={arguments.num_aug}", f"--device={DEVICE}"]
+    augmentation_arguments = [*shared, f"--output_dir={folders['noisecutmix']}"]
+    options = cli.parse_augmentation(augmentation_arguments)
+    plan_arguments = (options.seed, NUM_CLASSES, options.alpha, options.resolution)
+    plan = Plan(*plan_arguments)
+    num_seams = min(MOST_SEAMS, arguments.num_aug)
+    print("NoiseCutMix pictures, by augmentation.py", flush=True)
+    draw_mixed(augmentation_arguments)
+    print("Stable Diffusion pictures of the target classes")
+    draw_single_class(
+        folders["stable_diffusion"], SingleClassPlan(*plan_arguments, "target"), arguments.num_aug, options
+    )
+    print("Stable Diffusion pictures of the aug classes, for the seams")
+    draw_single_class(folders["stable_diffusion_aug"], SingleClassPlan(*plan_arguments, "aug"), num_seams, options)
+    sets = {name: decode(AugmentedDataset(folders[name], to_input)) for name in ("noisecutmix", "stable_diffusion")}
+
+    # Train and measure
+    print("Classifiers")
+    torch.set_num_threads(1)  # so small a model is fastest so, and the figures do not depend on the number of cores
+    accuracies = measure_accuracies(real, test, sets, arguments.seeds, arguments.steps)
+    judge = train(real, None, None, seed=arguments.seeds, steps=arguments.steps)
+    items = list(plan.items(arguments.num_aug))
+    results = {
+        "seeds": arguments.seeds,
+        "steps": arguments.steps,
+        "num_aug": arguments.num_aug,
+        "augmented_share": AUGMENTED_SHARE,
+        "who_saw_what": describe_exposure(len(real), len(test)),
+        "accuracy": {column: summarize(values) for column, values in accuracies.items()},
+        "seams": compare_seams(folders, items[:num_seams], train_images, train_labels),
+        "label_fit_classifier_accuracy": measure_accuracy(judge, test),
+        "label_fit": measure_label_fit(judge, sets["noisecutmix"].tensors[0], items),
+    }
+
+    # Report
+    draw_label_fit(results["label_fit"]).save(arguments.work_dir / "label_fit.png")
+    report(results)
+    print(f"\nwrote {arguments.work_dir / 'label_fit.png'}")
+    results_file = arguments.json or arguments.work_dir / "accuracy.json"
+    results_file.parent.mkdir(parents=True, exist_ok=True)
+    results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"wrote {results_file}")
+
+
+if __name__ == "__main__":
+    running.run(main)

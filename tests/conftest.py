@@ -1,0 +1,211 @@
+"""A tiny random Stable Diffusion and Diff-Mix checkpoints for it, written as files; the bundled digits; the scripts."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from noisecutmix.checkpoint import load_pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+DIGITS = ROOT / "ckpts" / "digits"
+CLASS_NAMES = ["red kite", "blue jay", "grey heron"]
+TINY_WIDTH = 32
+RANK = 10
+
+
+def load_module(path):
+    """Import a script by its path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_tiny_components(tokenizer_folder):
+    """Return Stable Diffusion's parts, tiny and random: pictures of 16x16, factor 2."""
+    load_module(DIGITS / "train.py").write_tokenizer(tokenizer_folder)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return {
+            "vae": AutoencoderKL(
+                block_out_channels=(8, 16),
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                latent_channels=4,
+                norm_num_groups=4,
+                sample_size=16,
+            ),
+            "text_encoder": CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=TINY_WIDTH,
+                    intermediate_size=64,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    max_position_embeddings=tokenizer.model_max_length,
+                    bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            ),
+            "tokenizer": tokenizer,
+            "unet": UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(16, 32),
+                layers_per_block=1,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                cross_attention_dim=TINY_WIDTH,
+                attention_head_dim=4,
+                norm_num_groups=8,
+            ),
+            "scheduler": PNDMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+            ),
+        }
+
+
+def random_lora(unet, rank=RANK, scale=0.3, seed=1):
+    """Return {attention layer: (down, up)} for every attention projection of the UNet."""
+    rng = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name, module in unet.named_modules():
+        if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")):
+            down = scale * torch.randn(rank, module.in_features, generator=rng)
+            up = scale * torch.randn(module.out_features, rank, generator=rng)
+            layers[name] = (down, up)
+    return layers
+
+
+def in_old_keys(layers):
+    """Return a LoRA's state dict as Diff-Mix writes it, without a prefix."""
+    state_dict = {}
+    for name, (down, up) in layers.items():
+        attention, layer = name.removesuffix(".0").rsplit(".", 1)
+        state_dict[f"{attention}.processor.{layer}_lora.down.weight"] = down
+        state_dict[f"{attention}.processor.{layer}_lora.up.weight"] = up
+    return state_dict
+
+
+def write_embeddings(folder, class_names=CLASS_NAMES, width=TINY_WIDTH, **changes):
+    rng = torch.Generator().manual_seed(2)
+    placeholders = {name: f"<class_{label}>" for label, name in enumerate(class_names)}
+    content = {
+        "learned_embeds_dict": {token: torch.randn(width, generator=rng) for token in placeholders.values()},
+        "name2placeholder": placeholders,
+        "placeholder2name": {token: name for name, token in placeholders.items()},
+        **changes,
+    }
+    torch.save(content, folder / "learned_embeds-steps-last.bin")
+
+
+def write_checkpoint(folder, lora_state_dict, **embeddings):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(lora_state_dict, folder / "pytorch_lora_weights.safetensors")
+    write_embeddings(folder, **embeddings)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_components(tmp_path_factory):
+    return build_tiny_components(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_components, tmp_path_factory):
+    """A local diffusers folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    pipe = StableDiffusionPipeline(
+        **tiny_components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lora(tiny_components):
+    return random_lora(tiny_components["unet"])
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_lora, tmp_path_factory):
+    """A Diff-Mix checkpoint of three classes for the tiny model."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), in_old_keys(tiny_lora))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A JSON data set of the tiny checkpoint's classes."""
+    path = tmp_path_factory.mktemp("data") / "birds.json"
+    path.write_text(json.dumps({"classes": CLASS_NAMES, "meta_class": "bird"}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_pipeline(tiny_model, tiny_checkpoint):
+    pipe = load_pipeline(str(tiny_model), tiny_checkpoint, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(tiny_model, tiny_checkpoint, tiny_data):
+    """The flags that make either script draw 16x16 pictures of the tiny model in no time."""
+    return [
+        f"--data_name={tiny_data}",
+        f"--model={tiny_model}",
+        f"--ckpt_path={tiny_checkpoint}",
+        "--resolution=16",
+        "--num_inference_steps=2",
+        "--device=cpu",
+    ]
+
+
+@contextlib.contextmanager
+def as_command_line(script, *arguments, folder):
+    """Give the script's main() in this process, for runs whose own start-up says nothing: it takes seconds."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        yield load_module(ROOT / script).main
+    signal.signal(signal.SIGTERM, handler)
+
+
+def command(script, *arguments):
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def offline_environment(**changes):
+    return {**os.environ, "HF_HUB_OFFLINE": "1", **changes}
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run a script as a user does, in another working directory; return the completed process."""
+
+    def run(script, *arguments, timeout=240, environment=None, **options):
+        return subprocess.run(
+            command(script, *arguments),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=timeout,
+            cwd=tmp_path,
+            env=offline_environment(**(environment or {})),
+            **options,
+        )
+
+    return run

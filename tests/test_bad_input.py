@@ -1,0 +1,156 @@
+"""Bad input: one line on standard error that names the flag, exit status 2, nothing written, no torch imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, offline_environment
+
+TORCH_FREE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert "torch" not in sys.modules, "torch was imported"
+"""
+
+
+def run_without_torch(folder, script, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", TORCH_FREE, str(ROOT / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=folder,
+        env=offline_environment(),
+    )
+
+
+def files_below(folder):
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+BOTH = ("augmentation.py", "generation.py")
+# name: (scripts, arguments, what the line says)
+CASES = {
+    "num_aug zero": (BOTH[:1], ["--num_aug=0"], "--num_aug: has to be a whole number from 1 to "),
+    "num_aug negative": (BOTH[:1], ["--num_aug=-3"], "--num_aug: "),
+    "num_aug no integer": (BOTH[:1], ["--num_aug=1.5"], "--num_aug: "),
+    "num_aug no number": (BOTH[:1], ["--num_aug=many"], "--num_aug: "),
+    "num_aug endless": (BOTH[:1], ["--num_aug=999999999999"], "--num_aug: "),
+    "num_gen zero": (BOTH[1:], ["--num_gen=0"], "--num_gen: "),
+    "num_gen negative": (BOTH[1:], ["--num_gen=-1"], "--num_gen: "),
+    "num_gen no integer": (BOTH[1:], ["--num_gen=x"], "--num_gen: "),
+    "batch_size zero": (BOTH, ["--batch_size=0"], "--batch_size: "),
+    "batch_size negative": (BOTH, ["--batch_size=-8"], "--batch_size: "),
+    "batch_size no integer": (BOTH, ["--batch_size=8.0"], "--batch_size: "),
+    "seed of 500 digits": (BOTH, ["--seed=" + "1" * 500], "--seed: "),
+    "too many steps": (BOTH, ["--num_inference_steps=1000"], "--num_inference_steps: has to be a whole number from 1"),
+    "no steps": (BOTH, ["--num_inference_steps=0"], "--num_inference_steps: "),
+    "alpha zero": (BOTH, ["--alpha=0"], "--alpha: has to be a number above 0"),
+    "alpha negative": (BOTH, ["--alpha=-1"], "--alpha: "),
+    "alpha nan": (BOTH, ["--alpha=nan"], "--alpha: "),
+    "alpha inf": (BOTH, ["--alpha=inf"], "--alpha: "),
+    "guidance negative": (BOTH, ["--guidance_scale=-0.1"], "--guidance_scale: "),
+    "guidance nan": (BOTH, ["--guidance_scale=nan"], "--guidance_scale: "),
+    "guidance interval outside": (BOTH, ["--guidance_interval", "0", "1.5"], "--guidance_interval: "),
+    "guidance interval falls": (BOTH, ["--guidance_interval", "0.8", "0.2"], "--guidance_interval: 0.8 is above 0.2"),
+    "resolution zero": (BOTH, ["--resolution=0"], "--resolution: "),
+    "resolution huge": (BOTH, ["--resolution=1000000000"], "--resolution: has to be a whole number from 1 to 8192"),
+    "resolution not divisible": (BOTH, ["--resolution=33"], "--resolution: has to be a multiple of 2, not 33"),
+    "data set unknown": (BOTH, ["--data_name=birds"], "--data_name: 'birds' is unknown; choose one of cub, flower"),
+    "JSON missing": (BOTH, ["--data_name=none.json"], "--data_name: none.json cannot be read"),
+    "JSON malformed": (BOTH, ["--data_name=malformed.json"], "--data_name: malformed.json is not valid JSON"),
+    "JSON a list": (BOTH, ["--data_name=list.json"], "--data_name: list.json holds no object"),
+    "JSON without classes": (BOTH, ["--data_name=classless.json"], '--data_name: "classes" in classless.json'),
+    "JSON empty": (BOTH, ["--data_name=empty.json"], "needs at least two names"),
+    "JSON one class": (BOTH, ["--data_name=one.json"], "needs at least two names"),
+    "JSON duplicates": (BOTH, ["--data_name=twice.json"], "names 'a b' twice"),
+    "JSON classes no strings": (BOTH, ["--data_name=numbers.json"], "must be a list of names"),
+    "JSON without meta class": (BOTH, ["--data_name=metaless.json"], '"meta_class" is missing'),
+    "JSON without checkpoint": (BOTH, ["--data_name=good.json"], "--ckpt_path: needed with a data set of your own"),
+    "checkpoint missing": (BOTH, ["--ckpt_path=nowhere"], "--ckpt_path: nowhere does not exist"),
+    "checkpoint a file": (BOTH, ["--ckpt_path=a_file"], "--ckpt_path: a_file is a file"),
+    "checkpoint empty": (BOTH, ["--ckpt_path=empty"], "--ckpt_path: empty has no pytorch_lora_weights.safetensors"),
+    "checkpoint half": (BOTH, ["--ckpt_path=half"], "--ckpt_path: half has no learned_embeds-steps-last.bin"),
+    "device unknown": (BOTH, ["--device=gpu"], "--device: has to be cuda, cuda:N, mps or cpu"),
+    "dtype unknown": (BOTH, ["--dtype=float8"], "--dtype: invalid choice: 'float8'"),
+    "prompt without name": (BOTH, ["--prompt=a photo of a bird"], "--prompt: has to be a template with {name}"),
+    "prompt with unknown field": (BOTH, ["--prompt={name} {place}"], "{place} is unknown"),
+    "prompt with attribute": (BOTH, ["--prompt={name.__class__}"], "{name.__class__} is unknown"),
+    "prompt with a lone brace": (BOTH, ["--prompt={name} {"], "--prompt: has to be a template"),
+    "prompt with a format": (BOTH, ["--prompt={name:>99}"], "without a format"),
+    "output a file": (BOTH, ["--output_dir=a_file"], "--output_dir: "),
+    "output below a file": (BOTH, ["--output_dir=a_file/deeper"], "is a file; choose a folder"),
+    "seed negative": (BOTH, ["--seed=-1"], "--seed: has to be a whole number from 0 to"),
+    "seed too large": (BOTH, [f"--seed={2**63}"], "--seed: "),
+    "target class unknown": (BOTH[1:], ["--target_class=fiv"], "'fiv' is no class of the data set; did you mean five"),
+    "aug class out of range": (BOTH[1:], ["--aug_class=10"], "'10' is no class of the data set"),
+    "classes the same": (BOTH[1:], ["--target_class=3", "--aug_class=three"], "--aug_class: 'three' is the target"),
+    "flag unknown": (BOTH, ["--num_pictures=3"], "--num_pictures"),
+    "flag cut short": (BOTH, ["--num_inf=3"], "--num_inf"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad_input")
+    (folder / "a_file").write_text("here")
+    (folder / "empty").mkdir()
+    (folder / "half").mkdir()
+    (folder / "half" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    contents = {
+        "list": ["a", "b"],
+        "classless": {"meta_class": "pet"},
+        "empty": {"classes": [], "meta_class": "pet"},
+        "one": {"classes": ["a"], "meta_class": "pet"},
+        "twice": {"classes": ["a_b", "c", "a b"], "meta_class": "pet"},
+        "numbers": {"classes": [1, 2], "meta_class": "pet"},
+        "metaless": {"classes": ["a", "b"]},
+        "good": {"classes": ["a", "b"], "meta_class": "pet"},
+    }
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "malformed.json").write_text("{classes: [")
+    return folder
+
+
+@pytest.mark.parametrize(("script", "case"), [(script, case) for case in CASES for script in CASES[case][0]])
+def test_bad_input(folder, script, case):
+    _, arguments, message = CASES[case]
+    before = files_below(folder)
+    done = run_without_torch(folder, script, "--data_name=digits", *arguments)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: --"), done.stderr
+    assert message in lines[0]
+    assert done.stdout == ""
+    assert files_below(folder) == before
+
+
+def test_real_data_without_checkpoint_says_where_it_goes(folder):
+    done = run_without_torch(folder, "augmentation.py", "--data_name=cub")
+    assert done.returncode == 2
+    assert "shot-1-lora-rank10 does not exist; download or train a Diff-Mix checkpoint" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch is asked")
+@pytest.mark.parametrize("device", ["cuda:99", "mps"])
+def test_a_gpu_that_is_not_there(folder, device):
+    done = run_without_torch(
+        folder, "generation.py", "--data_name=digits", f"--device={device}", f"--output_dir={folder / 'new'}"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"generation.py: error: --device: {device} is not there")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("script", BOTH)
+def test_help_needs_no_torch_and_shows_defaults(folder, script):
+    done = run_without_torch(folder, script, "--help")
+    assert done.returncode == 0
+    for text in ("--guidance_scale", "(default: 7.5)", "(default: outputs)", "method:", "machine:"):
+        assert text in done.stdout

@@ -1,0 +1,119 @@
+"""The bundled, trained digits: the method means what it says."""
+
+import numpy as np
+import pytest
+from conftest import DIGITS, ROOT, load_module
+from PIL import Image
+from sklearn.svm import SVC
+
+from noisecutmix import NoiseCutMixGenerator
+from noisecutmix.errors import InputError
+from noisecutmix.plan import Item
+
+COUNT = 40
+LEFT_HALF, ALL, NOTHING = (0, 0, 16, 32), (0, 0, 32, 32), (0, 0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def train():
+    return load_module(DIGITS / "train.py")
+
+
+@pytest.fixture(scope="module")
+def classifier(train):
+    """A support-vector classifier of real digits, shown as the model draws them."""
+    images, labels, test_images, test_labels = train.load_split()
+    classifier = SVC(gamma="scale").fit(train.enlarge(images).reshape(len(images), -1) / 255, labels)
+    assert classifier.score(train.enlarge(test_images).reshape(len(test_images), -1) / 255, test_labels) > 0.97
+    return classifier
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return NoiseCutMixGenerator(device="cpu", data_name="digits")
+
+
+def items_in(box, ratio):
+    """Items with every target class, the aug class three further on, and noise of their own."""
+    return [Item(i, i % 10, (i + 3) % 10, box, ratio, 1000 + i) for i in range(COUNT)]
+
+
+def as_gray(images):
+    return np.stack([np.asarray(image.convert("L")) for image in images])
+
+
+@pytest.fixture(scope="module")
+def drawn(generator):
+    boxes = {"target": (ALL, 1.0), "aug": (NOTHING, 0.0), "half": (LEFT_HALF, 0.5)}
+    return {name: as_gray(generator.draw(items_in(*box))) for name, box in boxes.items()}
+
+
+@pytest.mark.parametrize("name", ["target", "aug"])
+def test_a_uniform_mask_gives_its_class(drawn, classifier, name):
+    expected = [getattr(item, name) for item in items_in(ALL, 1.0)]
+    named = classifier.predict(drawn[name].reshape(COUNT, -1) / 255)
+    assert np.mean(named == expected) >= 0.95
+
+
+def test_the_seam_is_softer_than_a_pasted_one(drawn, train):
+    """The figures of the demo's README: the jump across the seam over an ordinary pixel step."""
+    measure_seams = load_module(ROOT / "tests" / "accuracy.py").measure_seams
+    pasted = drawn["aug"].copy()
+    pasted[:, :, :16] = drawn["target"][:, :, :16]
+    real = train.enlarge(train.load_split()[0])
+    seams = {
+        name: measure_seams(images.astype(float), [LEFT_HALF] * len(images))
+        for name, images in {"half": drawn["half"], "pasted": pasted, "real": real}.items()
+    }
+    print({name: round(seam, 2) for name, seam in seams.items()})
+    assert seams["half"] < seams["pasted"] / 2
+    assert seams["half"] - seams["real"] < (seams["pasted"] - seams["real"]) / 4
+
+
+def test_halves_carry_features_of_both_classes(drawn):
+    """Each half is nearer to the picture of its own class than to the other's."""
+    half, target, aug = (drawn[name].astype(float) for name in ("half", "target", "aug"))
+    left, right = (slice(None), slice(None), slice(0, 16)), (slice(None), slice(None), slice(16, 32))
+    assert np.abs(half - target)[left].mean() < np.abs(half - aug)[left].mean()
+    assert np.abs(half - aug)[right].mean() < np.abs(half - target)[right].mean()
+
+
+def test_call_returns_what_it_promises(generator):
+    images, labels, masks = generator([3, 5], return_mask=True, aug_labels=[4, 0])
+    assert [image.size for image in images] == [(32, 32)] * 2
+    for label, mask, target, aug in zip(labels, masks, (3, 5), (4, 0)):
+        ratio = np.mean(np.asarray(mask) == 255)
+        assert mask.mode == "L" and mask.size == (32, 32)
+        assert set(np.flatnonzero(label)) <= {target, aug}
+        assert label[target] == pytest.approx(ratio, abs=1e-6)
+        assert label.sum() == pytest.approx(1, abs=1e-6)
+    assert (generator.num_classes, generator.meta_class) == (10, "digit")
+
+
+def test_calls_go_on_in_the_plan_and_repeat_from_the_start():
+    def fresh():
+        return NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=2)
+
+    generator, again = fresh(), fresh()
+    first, second = generator([1, 2])[0], generator([1, 2])[0]
+    assert not np.array_equal(as_gray(first), as_gray(second))
+    # one batch of four has other rounding than two of two: one grey level
+    assert np.abs(as_gray(again([1, 2, 1, 2])[0]).astype(int) - as_gray([*first, *second])).max() <= 1
+
+
+def test_labels_out_of_range_are_named(generator):
+    with pytest.raises(ValueError, match="0 to 9 but one is 10"):
+        generator([10])
+    with pytest.raises(ValueError, match="differ"):
+        generator([1], aug_labels=[1])
+
+
+def test_a_prompt_that_cuts_the_class_off_is_refused():
+    with pytest.raises(InputError, match=r"--prompt: \{name\} is missing or lies beyond the 24 tokens"):
+        NoiseCutMixGenerator(device="cpu", data_name="digits", prompt="a very long way to go before the {name}")
+
+
+def test_resolution_sizes_mask_and_picture(generator):
+    images, _, masks = generator([1], resolution=48, return_mask=True)
+    assert images[0].size == masks[0].size == (48, 48)
+    assert isinstance(images[0], Image.Image)

@@ -1,0 +1,77 @@
+"""The scripts beside the package run: training, accuracy, benchmark; the overview picture is what its script draws."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_module, offline_environment
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+
+def run(script, *arguments, folder):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=folder,
+        env=offline_environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_overview_is_what_its_script_draws(tmp_path):
+    run("img/make_overview.py", f"--output={tmp_path / 'overview.png'}", folder=tmp_path)
+    drawn, committed = (
+        np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "overview.png", ROOT / "img" / "overview.png")
+    )
+    # the same bytes on one machine; another processor or version may round a picture's grey level otherwise
+    assert np.abs(drawn - committed).mean() < 0.01
+
+
+def test_training_writes_a_checkpoint_that_draws(tmp_path):
+    from noisecutmix import NoiseCutMixGenerator
+
+    run("ckpts/digits/train.py", "--output_dir=demo", "--steps=4", folder=tmp_path)
+    generator = NoiseCutMixGenerator(
+        device="cpu",
+        data_name="digits",
+        model=str(tmp_path / "demo" / "base"),
+        ckpt_path=tmp_path / "demo" / "shot-1-lora-rank10",
+        num_inference_steps=1,
+    )
+    assert generator([0])[0][0].size == (32, 32)
+    train = load_module(ROOT / "ckpts" / "digits" / "train.py")
+    train_images, _, test_images, _ = train.load_split()
+    assert len(train_images) + len(test_images) == 1797
+    assert not {image.tobytes() for image in test_images} & {image.tobytes() for image in train_images}
+
+
+def test_accuracy_prints_every_row(tmp_path):
+    output = run(
+        "tests/accuracy.py",
+        "--work_dir=work",
+        "--seeds=1",
+        "--steps=2",
+        "--num_aug=8",
+        folder=tmp_path,
+    )
+    for row in ("none", "MixUp", "CutMix", "Stable Diffusion", "NoiseCutMix"):
+        assert row in output
+    assert json.loads((tmp_path / "work" / "accuracy.json").read_text())["accuracy"]
+    assert (tmp_path / "work" / "label_fit.png").is_file()
+
+
+def test_benchmark_prints_its_table(tmp_path):
+    output = run(
+        "tests/benchmark.py", "--arch=tiny", "--device=cpu", "--steps=2", "--num_images=8", "--repeats=1",
+        "--json=out.json",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert "plain" in output
+    assert json.loads((tmp_path / "out.json").read_text())

@@ -1,0 +1,326 @@
+"""The denoising loop: what the method promises, on a tiny random pipeline in float32."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from noisecutmix.pipeline import NonFiniteImageError
+
+PROMPT_1, PROMPT_2 = "a photo of a <class_0> bird", "a photo of a <class_1> bird"
+# float32 rounding, through 4 steps and guidance: relative to the values' range
+ROUNDING = 1e-5
+
+
+def generators(count, seed=0):
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def white(level=255):
+    return Image.new("L", (16, 16), level)
+
+
+def left_half():
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[:, :8] = 255
+    return Image.fromarray(pixels)
+
+
+def draw(pipe, **changes):
+    arguments = {
+        "prompt_1": PROMPT_1,
+        "prompt_2": PROMPT_2,
+        "mask": left_half(),
+        "num_inference_steps": 4,
+        "generator": generators(1),
+        "output_type": "latent",
+        **changes,
+    }
+    return pipe(**arguments).images
+
+
+def assert_same(actual, expected, tolerance=ROUNDING):
+    spread = expected.max() - expected.min()
+    assert (actual - expected).abs().max() <= tolerance * spread
+
+
+def stock_pipeline(pipe):
+    return StableDiffusionPipeline(
+        pipe.vae,
+        pipe.text_encoder,
+        pipe.tokenizer,
+        pipe.unet,
+        pipe.scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.mark.parametrize(("level", "prompt"), [(255, PROMPT_1), (0, PROMPT_2)])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_a_uniform_mask_is_stock_stable_diffusion(tiny_pipeline, level, prompt, guidance_scale):
+    stock = stock_pipeline(tiny_pipeline)
+    stock.set_progress_bar_config(disable=True)
+    expected = stock(
+        prompt,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        generator=generators(1),
+        output_type="latent",
+    ).images
+    actual = draw(tiny_pipeline, mask=white(level), guidance_scale=guidance_scale)
+    assert_same(actual, expected)
+
+
+def test_latents_agree_with_a_plain_loop(tiny_pipeline):
+    """The method written out, one UNet call an estimate."""
+    pipe = tiny_pipeline
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        embeds = [pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in (PROMPT_1, PROMPT_2, "")]
+        pipe.scheduler.set_timesteps(4)
+        latents = noise * pipe.scheduler.init_noise_sigma
+        smooth_mask = pipe.mask_processor.preprocess(left_half(), height=8, width=8)
+        assert (smooth_mask - mask).abs().max() < 0.1  # Lanczos rings a little at the border
+        for t in pipe.scheduler.timesteps:
+            estimate_1, estimate_2, estimate_uncond = (
+                pipe.unet(latents, t, encoder_hidden_states=embed).sample for embed in embeds
+            )
+            mixed = smooth_mask * estimate_1 + (1 - smooth_mask) * estimate_2
+            estimate = estimate_uncond + 7.5 * (mixed - estimate_uncond)
+            latents = pipe.scheduler.step(estimate, t, latents).prev_sample
+    assert_same(draw(pipe), latents)
+
+
+def test_swapping_prompts_and_inverting_the_mask_changes_nothing(tiny_pipeline):
+    values = np.random.default_rng(0).integers(0, 256, (16, 16)).astype(np.uint8)
+    mask, inverted = Image.fromarray(values), Image.fromarray(255 - values)
+    first = draw(tiny_pipeline, mask=mask)
+    second = draw(tiny_pipeline, prompt_1=PROMPT_2, prompt_2=PROMPT_1, mask=inverted)
+    other = draw(tiny_pipeline, mask=inverted)
+    swapped, inverted_alone = (second - first).abs().max(), (other - first).abs().max()
+    # the resized masks are rounded to 1/255 each, so they are each other's inverse to a level or two
+    assert swapped < inverted_alone / 50
+
+
+def test_the_merged_estimate_is_eps_1_inside_and_eps_2_outside(tiny_pipeline, monkeypatch):
+    """With a UNet whose estimate is known: the prompt's own number everywhere."""
+    merged = []
+
+    def known_unet(sample, timestep, encoder_hidden_states, return_dict):
+        return (encoder_hidden_states[:, :1, :1, None].expand_as(sample).clone(),)
+
+    def record(noise_estimate, timestep, sample, return_dict):
+        merged.append(noise_estimate)
+        return (sample,)
+
+    monkeypatch.setattr(tiny_pipeline.unet, "forward", known_unet)
+    monkeypatch.setattr(tiny_pipeline.scheduler, "step", record)
+    embeds = [torch.full((1, 24, 32), value) for value in (3.0, 5.0, 1.0)]
+    hard_mask = torch.zeros(1, 1, 8, 8)
+    hard_mask[..., :4] = 1
+    tiny_pipeline(
+        mask=left_half(),
+        prompt_1_embeds=embeds[0],
+        prompt_2_embeds=embeds[1],
+        negative_prompt_embeds=embeds[2],
+        guidance_scale=2.0,
+        num_inference_steps=2,
+        generator=generators(1),
+        output_type="latent",
+        callback_on_step_end=lambda *_: {"mask": hard_mask},
+    )
+    smooth, hard = merged
+    # eps = 1 + 2 * (eps_prompt - 1); Lanczos reaches three latents to each side of the border
+    assert (smooth[..., 0] == 1 + 2 * (3 - 1)).all()
+    assert (smooth[..., 7] == 1 + 2 * (5 - 1)).all()
+    assert (hard[..., :4] == 1 + 2 * (3 - 1)).all()
+    assert (hard[..., 4:] == 1 + 2 * (5 - 1)).all()
+
+
+def test_without_guidance_the_empty_prompt_is_not_run(tiny_pipeline, monkeypatch):
+    batches = []
+    forward = tiny_pipeline.unet.forward
+
+    def record(sample, *rest, **named):
+        batches.append(len(sample))
+        return forward(sample, *rest, **named)
+
+    monkeypatch.setattr(tiny_pipeline.unet, "forward", record)
+    draw(tiny_pipeline, guidance_scale=1.0)
+    assert batches == [2] * 4
+    batches.clear()
+    draw(tiny_pipeline, guidance_scale=7.5)
+    assert batches == [3] * 4
+    batches.clear()
+    draw(tiny_pipeline, guidance_interval=(0.25, 0.75))
+    assert batches == [2, 3, 3, 2]
+
+
+def test_a_picture_is_the_same_in_any_batch(tiny_pipeline):
+    masks = [left_half(), white(), white(0), left_half().rotate(90)] * 2
+    pairs = [(PROMPT_1, PROMPT_2), (PROMPT_2, PROMPT_1)] * 4
+
+    def draw_in_batches(size):
+        parts = []
+        for start in range(0, 8, size):
+            part = slice(start, start + size)
+            first, second = (list(prompts) for prompts in zip(*pairs[part]))
+            chosen = generators(8)[part]
+            parts.append(draw(tiny_pipeline, prompt_1=first, prompt_2=second, mask=masks[part], generator=chosen))
+        return torch.cat(parts)
+
+    alone = draw_in_batches(1)
+    for size in (3, 8):
+        assert_same(draw_in_batches(size), alone)
+    assert torch.equal(draw_in_batches(3), draw_in_batches(3))
+
+
+def test_noise_does_not_depend_on_the_dtype(tiny_pipeline):
+    """Drawn in float32, then cast: bfloat16 starts from float32's noise."""
+
+    def initial_noise():
+        seen = []
+        forward = tiny_pipeline.unet.forward
+
+        def record(sample, *rest, **named):
+            seen.append(sample[0].float())
+            return forward(sample, *rest, **named)
+
+        tiny_pipeline.unet.forward = record
+        draw(tiny_pipeline, num_inference_steps=1)
+        tiny_pipeline.unet.forward = forward
+        return seen[0]
+
+    expected = initial_noise()
+    tiny_pipeline.to(torch.bfloat16)
+    assert torch.equal(initial_noise(), expected.bfloat16().float())
+
+
+def test_images_of_one_prompt_are_neighbours_and_share_its_mask(tiny_pipeline):
+    together = draw(
+        tiny_pipeline,
+        prompt_1=[PROMPT_1, PROMPT_2],
+        prompt_2=[PROMPT_2, PROMPT_1],
+        mask=[white(), left_half()],
+        num_images_per_prompt=2,
+        generator=generators(4),
+    )
+    second_of_first = draw(tiny_pipeline, mask=white(), generator=generators(1, seed=1))
+    first_of_second = draw(tiny_pipeline, prompt_1=PROMPT_2, prompt_2=PROMPT_1, generator=generators(1, seed=2))
+    assert_same(together[1:2], second_of_first)
+    assert_same(together[2:3], first_of_second)
+
+
+def test_every_kind_of_mask_gives_the_same_picture(tiny_pipeline):
+    expected = draw(tiny_pipeline)
+    pixels = np.asarray(left_half())
+    shares = pixels / 255.0
+    tensor = torch.from_numpy(shares)
+    picture = Image.fromarray(shares.astype(np.float32))
+    for mask in (pixels, shares, tensor, tensor.bfloat16(), picture, pixels[None], [pixels]):
+        assert torch.equal(draw(tiny_pipeline, mask=mask), expected)
+
+
+def test_output_types_agree(tiny_pipeline):
+    picture = draw(tiny_pipeline, output_type="pil")[0]
+    array = draw(tiny_pipeline, output_type="np")[0]
+    tensor = draw(tiny_pipeline, output_type="pt")[0]
+    assert picture.size == (16, 16)
+    assert np.array_equal(np.asarray(picture), np.round(array * 255).astype(np.uint8))
+    assert np.array_equal(tensor.permute(1, 2, 0).numpy(), array)
+    as_tuple = tiny_pipeline(PROMPT_1, PROMPT_2, left_half(), num_inference_steps=1, return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple[0]) == 1
+
+
+def test_callback_sees_and_changes_the_latents(tiny_pipeline):
+    steps = []
+
+    def zero_at_the_end(pipe, step, timestep, tensors):
+        steps.append(step)
+        return {"latents": tensors["latents"] * (step < 3)}
+
+    latents = draw(tiny_pipeline, callback_on_step_end=zero_at_the_end)
+    assert steps == [0, 1, 2, 3]
+    assert (latents == 0).all()
+
+
+def test_no_global_random_state_is_read_or_changed(tiny_pipeline):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    with_fresh_noise = draw(tiny_pipeline, generator=None)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert not torch.equal(draw(tiny_pipeline, generator=None), with_fresh_noise)
+
+
+def test_a_picture_that_is_not_finite_is_an_error(tiny_pipeline):
+    latents = torch.zeros(2, 4, 8, 8)
+    latents[1] = float("nan")
+    with pytest.raises(NonFiniteImageError) as caught:
+        draw(
+            tiny_pipeline,
+            prompt_1=[PROMPT_1] * 2,
+            prompt_2=[PROMPT_2] * 2,
+            mask=[white()] * 2,
+            latents=latents,
+            generator=None,
+            output_type="pil",
+        )
+    assert caught.value.indices == [1]
+
+
+def test_the_decoder_falls_back_to_slices_when_memory_is_short(tiny_pipeline, monkeypatch):
+    arguments = {
+        "prompt_1": [PROMPT_1] * 3,
+        "prompt_2": [PROMPT_2] * 3,
+        "mask": [left_half()] * 3,
+        "generator": generators(3),
+        "output_type": "pt",
+    }
+    expected = draw(tiny_pipeline, **{**arguments, "generator": generators(3)})
+    forward = tiny_pipeline.vae.decoder.forward
+
+    def short_of_memory(sample, *rest, **named):
+        if len(sample) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(sample, *rest, **named)
+
+    monkeypatch.setattr(tiny_pipeline.vae.decoder, "forward", short_of_memory)
+    assert_same(draw(tiny_pipeline, **arguments), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"prompt_1": None}, ValueError, "prompt_1"),
+        ({"prompt_2": None}, ValueError, "prompt_2"),
+        ({"prompt_1": 3}, TypeError, "prompt_1"),
+        ({"prompt_1": [PROMPT_1]}, TypeError, "of one type"),
+        ({"prompt_1": [PROMPT_1] * 2, "prompt_2": [PROMPT_2]}, ValueError, "equally many"),
+        ({"prompt_1": [], "prompt_2": [], "mask": []}, ValueError, "equally many"),
+        ({"prompt_1_embeds": torch.zeros(1, 24, 32)}, ValueError, "prompt_1_embeds"),
+        ({"mask": None}, ValueError, "mask"),
+        ({"mask": [left_half()] * 2}, ValueError, "one mask a prompt"),
+        ({"mask": Image.new("L", (8, 16))}, ValueError, "16 x 16"),
+        ({"mask": np.full((16, 16), 1.5)}, ValueError, "within 0 to 1"),
+        ({"mask": np.full((16, 16), np.nan)}, ValueError, "within 0 to 1"),
+        ({"mask": Image.new("I", (16, 16), 99_999)}, ValueError, "within 0 to 1"),
+        ({"mask": np.zeros((2, 16, 16, 3))}, ValueError, "shape"),
+        ({"height": 15}, ValueError, "multiples of 2"),
+        ({"width": 0}, ValueError, "multiples of 2"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps"),
+        ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt"),
+        ({"guidance_interval": (0.8, 0.2)}, ValueError, "guidance_interval"),
+        ({"output_type": "jpeg"}, ValueError, "output_type"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "noise"),
+        ({"generator": generators(2)}, ValueError, "generators"),
+    ],
+)
+def test_wrong_inputs_are_named(tiny_pipeline, changes, error, message):
+    with pytest.raises(error, match=message):
+        draw(tiny_pipeline, **changes)

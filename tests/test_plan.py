@@ -1,0 +1,125 @@
+"""Boxes, masks, ratios and labels: the arithmetic of CutMix, and one seed an item."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from noisecutmix import make_mask_and_ratio
+from noisecutmix.cutmix import area_ratio, draw_mask, sample_box
+from noisecutmix.plan import Item, Plan
+from noisecutmix.preview import draw_preview
+
+sides = st.integers(1, 600)
+alphas = st.floats(1e-3, 1e3)
+seeds = st.integers(0, 2**63 - 1)
+
+
+@given(height=sides, width=sides, alpha=alphas, seed=seeds)
+def test_box_mask_and_ratio_agree(height, width, alpha, seed):
+    box = sample_box(height, width, alpha, np.random.default_rng(seed))
+    left, top, right, bottom = box
+    assert 0 <= left <= right <= width and 0 <= top <= bottom <= height
+
+    mask = draw_mask(box, height, width)
+    pixels = np.asarray(mask)
+    assert mask.mode == "L" and mask.size == (width, height)
+    assert set(np.unique(pixels)) <= {0, 255}
+    assert (pixels[top:bottom, left:right] == 255).all()
+    assert area_ratio(box, height, width) == pytest.approx((pixels == 255).mean(), abs=1e-12)
+
+
+@given(height=sides, width=sides, alpha=alphas, seed=seeds)
+def test_public_mask_and_ratio_agree(height, width, alpha, seed):
+    mask, ratio = make_mask_and_ratio((height, width, 3), alpha, np.random.default_rng(seed))
+    assert 0 <= ratio <= 1
+    assert ratio == pytest.approx(np.mean(np.asarray(mask) == 255), abs=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf")])
+def test_alpha_has_to_be_positive(alpha):
+    with pytest.raises(ValueError, match="alpha"):
+        make_mask_and_ratio((8, 8, 3), alpha)
+
+
+@given(seed=seeds, index=st.integers(0, 10**9), classes=st.integers(2, 200), alpha=alphas, resolution=sides)
+def test_label_shares_the_box(seed, index, classes, alpha, resolution):
+    item = Plan(seed, classes, alpha, resolution).item(index)
+    label = item.soft_label(classes)
+    assert item.target != item.aug
+    assert label.dtype == np.float32 and label.shape == (classes,)
+    assert label.sum() == pytest.approx(1, abs=1e-6)  # two float32 roundings
+    assert label[item.target] == pytest.approx(item.ratio, abs=1e-7)
+    assert label[item.aug] == pytest.approx(1 - item.ratio, abs=1e-7)
+    assert item.ratio == area_ratio(item.box, resolution, resolution)
+
+
+@given(seed=seeds, index=st.integers(0, 10**6))
+def test_an_item_depends_on_seed_and_index_alone(seed, index):
+    plan = Plan(seed, 10, 1.0, 32)
+    assert plan.item(index) == Plan(seed, 10, 1.0, 32).item(index)
+    assert plan.item(index).noise_seed != plan.item(index + 1).noise_seed
+    assert plan.item(index).noise_seed != Plan(seed + 1, 10, 1.0, 32).item(index).noise_seed
+
+
+@given(seed=seeds, index=st.integers(0, 10**6), target=st.integers(0, 9), aug=st.integers(0, 9))
+def test_chosen_classes_keep_box_and_noise(seed, index, target, aug):
+    plan = Plan(seed, 10, 1.0, 32)
+    item = plan.item(index)
+    if target == aug:
+        with pytest.raises(ValueError, match="differ"):
+            plan.item(index, target, aug)
+        return
+    chosen = plan.item(index, target, aug)
+    assert (chosen.target, chosen.aug) == (target, aug)
+    assert (chosen.box, chosen.noise_seed) == (item.box, item.noise_seed)
+    assert plan.item(index, target).aug != target
+    assert plan.item(index, aug=aug).target != aug
+
+
+@given(seed=seeds, alpha=st.floats(0.01, 2), resolution=st.sampled_from([8, 32, 512, 1000]))
+def test_every_box_can_be_previewed(seed, alpha, resolution):
+    item = Plan(seed, 2, alpha, resolution).item(0)
+    draw_preview([Image.new("RGB", (resolution, resolution))], [item], ["one", "two"])
+
+
+def test_boxes_of_one_pixel_can_be_previewed():
+    for left in range(20):
+        item = Item(0, 0, 1, (left, left, left + 1, left + 1), 0.0, 0)
+        draw_preview([Image.new("RGB", (512, 512))], [item], ["one", "two"])
+
+
+def test_classes_are_uniform():
+    items = [Plan(0, 5, 1.0, 32).item(index) for index in range(5000)]
+    pairs = np.zeros((5, 5))
+    for item in items:
+        pairs[item.target, item.aug] += 1
+    assert (np.diag(pairs) == 0).all()
+    expected = 5000 / 20
+    off_diagonal = pairs[~np.eye(5, dtype=bool)]
+    assert abs(off_diagonal - expected).max() < 5 * np.sqrt(expected)  # five standard deviations of a count
+
+
+def test_mean_area_is_cutmixs():
+    """alpha 1: lambda is uniform, side s = sqrt(1 - lambda), and a side with a uniform centre is clipped.
+
+    The visible share of a side s in [0, 1] is on average s - s^2 / 4, so the mean area is the mean of its square.
+    """
+    ratios = [Plan(0, 2, 1.0, 512).item(index).ratio for index in range(20_000)]
+    side = np.sqrt(np.linspace(0, 1, 100_001))
+    expected = np.mean((side - side**2 / 4) ** 2)
+    standard_error = np.std(ratios) / np.sqrt(len(ratios))
+    pixel = 2 / 512  # sides are rounded down to whole, even pixels
+    assert abs(np.mean(ratios) - expected) < 4 * standard_error + pixel
+
+
+@pytest.mark.parametrize("change", [{"seed": -1}, {"num_classes": 1}, {"alpha": 0.0}, {"resolution": 0}])
+def test_a_plan_that_cannot_be_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Plan(**{"seed": 0, "num_classes": 2, "alpha": 1.0, "resolution": 32, **change})
+
+
+def test_large_alpha_gives_boxes_of_half_the_area():
+    boxes = [sample_box(512, 512, 1e6, np.random.default_rng(seed)) for seed in range(200)]
+    assert max(right - left for left, _, right, _ in boxes) == pytest.approx(512 * np.sqrt(0.5), abs=3)

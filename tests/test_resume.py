@@ -1,0 +1,536 @@
+"""A data set that is cut off, damaged, extended or asked for twice: the same command ends with the same data set."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import uuid
+import zlib
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import ROOT, as_command_line, command, offline_environment
+from filelock import FileLock
+from PIL import Image
+
+from noisecutmix import NoiseCutMixGenerator, files
+from noisecutmix.errors import InputError, RunError
+from noisecutmix.pipeline import NoiseCutMixPipeline
+from noisecutmix.plan import Plan
+from noisecutmix.writer import OutputFolder
+
+LABELS_AND_MASKS = re.compile(r"mask/.*|metadata\.jsonl|soft_label\.npy")
+
+
+def files_of(folder):
+    """Return {name: content} of what a data set consists of."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("run.json", ".lock")
+    }
+
+
+def compare(folder, expected):
+    """Byte for byte, but for one grey level in pictures: another batch may round otherwise."""
+    actual_files, expected_files = files_of(folder), files_of(expected)
+    assert actual_files.keys() == expected_files.keys()
+    for name, content in expected_files.items():
+        if LABELS_AND_MASKS.fullmatch(name):
+            assert actual_files[name] == content, name
+        elif name.startswith("image/"):
+            actual, wanted = (np.asarray(Image.open(root / name)).astype(int) for root in (folder, expected))
+            assert np.abs(actual - wanted).max() <= 1, name
+
+
+def start(tmp_path, *arguments, **options):
+    return subprocess.Popen(
+        command("augmentation.py", *arguments),
+        cwd=tmp_path,
+        env=offline_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait_for_images(folder, count, process):
+    while len(list((folder / "image").glob("gen_*.png"))) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_arguments):
+    """Twenty items in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_to_the_end(folder, tiny_arguments, 20)
+    return folder / "out"
+
+
+def run_to_the_end(tmp_path, arguments, num_aug, *more):
+    arguments = [*arguments, f"--num_aug={num_aug}", "--output_dir=out", *more]
+    with as_command_line("augmentation.py", *arguments, folder=tmp_path) as main:
+        main()
+
+
+def copy_of(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "out")
+
+
+def test_damage_is_mended_and_nothing_else_touched(whole, tmp_path, tiny_arguments):
+    out = copy_of(whole, tmp_path)
+    damaged = out / "image" / "gen_0003.png"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    (out / "image" / "gen_0005.png").unlink()
+    Image.new("RGB", (8, 8)).save(out / "image" / "gen_0006.png")
+    (out / "mask" / "mask_0009.png").unlink()
+    (out / "mask" / "mask_0010.png").write_bytes(b"")
+    (out / "image" / "gen_0007.png").write_bytes(png_with_sound_checksums_that_does_not_decode())
+    (out / "image" / f".gen_0004.png.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
+    mended = {f"image/gen_{index:04d}.png" for index in (3, 5, 6, 7)}
+    mended |= {"mask/mask_0009.png", "mask/mask_0010.png"}
+    before = {path: path.stat().st_mtime_ns for folder in ("image", "mask") for path in (out / folder).iterdir()}
+
+    run_to_the_end(tmp_path, tiny_arguments, 20)
+    compare(out, whole)
+    written = {
+        path.relative_to(out).as_posix()
+        for folder in ("image", "mask")
+        for path in (out / folder).iterdir()
+        if before.get(path) != path.stat().st_mtime_ns
+    }
+    assert written - {f"mask/mask_{index:04d}.png" for index in (3, 5, 6, 7)} == mended
+
+
+def png_with_sound_checksums_that_does_not_decode():
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0)  # 16x16 pixels, RGB of 8 bits
+    pixels = zlib.compress(bytes(10))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def damage_metadata(out):
+    metadata = out / "metadata.jsonl"
+    metadata.write_bytes(metadata.read_bytes()[:500])
+
+
+def damage_labels(out):
+    labels = np.load(out / "soft_label.npy")
+    np.save(out / "soft_label.npy", labels[:, ::-1])
+
+
+def empty_labels(out):
+    (out / "soft_label.npy").write_bytes(b"")
+
+
+def damage_header_of_labels(out):
+    labels = out / "soft_label.npy"
+    labels.write_bytes(labels.read_bytes().replace(b")", b"(", 1))
+
+
+def delete_masks(out):
+    shutil.rmtree(out / "mask")
+
+
+def delete_preview(out):
+    (out / "preview.png").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_metadata, damage_labels, empty_labels, damage_header_of_labels, delete_masks, delete_preview],
+)
+def test_damage_beside_the_pictures_is_mended(whole, tmp_path, tiny_arguments, damage):
+    out = copy_of(whole, tmp_path)
+    damage(out)
+    run_to_the_end(tmp_path, tiny_arguments, 20)
+    assert files_of(out) == files_of(whole)
+
+
+def test_the_same_batch_gives_the_same_bytes(whole, tmp_path, tiny_arguments):
+    out = copy_of(whole, tmp_path)
+    for index in range(8, 16):  # the second batch of eight
+        (out / "image" / f"gen_{index:04d}.png").unlink()
+    run_to_the_end(tmp_path, tiny_arguments, 20)
+    assert files_of(out) == files_of(whole)
+
+
+def test_a_complete_folder_is_left_as_it_is(whole, tmp_path, tiny_arguments, capsys):
+    out = copy_of(whole, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name not in ("run.json", ".lock")}
+    run_to_the_end(tmp_path, tiny_arguments, 20)
+    assert capsys.readouterr().out == "out is complete: 20 items\n"
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_extension_equals_all_at_once(whole, tmp_path, tiny_arguments):
+    out = copy_of(whole, tmp_path)
+    run_to_the_end(tmp_path, tiny_arguments, 50)
+    (tmp_path / "at_once").mkdir()
+    run_to_the_end(tmp_path / "at_once", tiny_arguments, 50)
+    compare(out, tmp_path / "at_once" / "out")
+
+
+def test_names_sort_in_row_order_when_they_grow_longer(tmp_path):
+    """From 10,000 items to 10,001 the numbers get a digit more; what is there is renamed."""
+    plan = Plan(0, 3, 1.0, 16)
+    small, large = OutputFolder(tmp_path, plan, 10_000, "abc"), OutputFolder(tmp_path, plan, 10_001, "abc")
+    small.take({}, overwrite=False)
+    small.begin({})
+    for index in (0, 9_999):
+        small.write(plan.item(index), Image.new("RGB", (16, 16)))
+    small.close()
+    large.take({}, overwrite=False)
+    large.begin({})
+    missing = large.find_missing()
+    large.write(plan.item(10_000), Image.new("RGB", (16, 16)))
+    large.close()
+    assert missing.tolist() == [*range(1, 9_999), 10_000]
+    names = sorted(path.name for path in (tmp_path / "image").iterdir())
+    assert names == ["gen_00000.png", "gen_09999.png", "gen_10000.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("--alpha=0.5", "alpha (1.0 there, 0.5 now)"),
+        ("--seed=1", "seed (0 there, 1 now)"),
+        ("--guidance_scale=3", "guidance_scale"),
+        ("--prompt=one {name}", "prompt"),
+        ("--num_aug=19", "--num_aug: out is planned for 20 items, 19 is fewer"),
+    ],
+)
+def test_other_options_are_refused(whole, tmp_path, tiny_arguments, change, named):
+    out = copy_of(whole, tmp_path)
+    before = files_of(out)
+    with pytest.raises(InputError) as caught:
+        run_to_the_end(tmp_path, tiny_arguments, 20, change)
+    assert named in str(caught.value)
+    assert files_of(out) == before
+
+
+def test_another_checkpoint_is_refused(whole, tmp_path, tiny_arguments, tiny_checkpoint):
+    copy_of(whole, tmp_path)
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    weights = other / "pytorch_lora_weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    arguments = [argument for argument in tiny_arguments if not argument.startswith("--ckpt_path")]
+    with pytest.raises(InputError, match="another checkpoint"):
+        run_to_the_end(tmp_path, arguments, 20, f"--ckpt_path={other}")
+
+
+def test_overwrite_deletes_only_our_own(whole, tmp_path, tiny_arguments):
+    out = copy_of(whole, tmp_path)
+    (out / "image" / "cat.png").write_bytes(b"not ours")
+    (out / "notes.txt").write_text("not ours")
+    run_to_the_end(tmp_path, tiny_arguments, 6, "--overwrite", "--alpha=0.5")
+    assert "--overwrite" not in json.loads((out / "run.json").read_text())["runs"][-1]["command"]  # it would start anew
+    assert (out / "image" / "cat.png").read_bytes() == b"not ours"
+    assert (out / "notes.txt").read_text() == "not ours"
+    assert len(list((out / "image").glob("gen_*.png"))) == 6
+    assert np.load(out / "soft_label.npy").shape == (6, 3)
+
+
+def test_a_foreign_folder_is_never_emptied(tmp_path, tiny_arguments):
+    foreign = tmp_path / "out" / "image" / "gen_0000.png"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"somebody's")
+    with pytest.raises(InputError, match="is not from this program"):
+        run_to_the_end(tmp_path, tiny_arguments, 20, "--overwrite")
+    assert foreign.read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "soft_label.npy", "image/cat.jpg", "run.json"])
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_nobodys_data_set_is_taken_for_ours(tmp_path, tiny_arguments, name, more):
+    foreign = tmp_path / "out" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text('{"who": "else"}')
+    with pytest.raises(InputError, match="is not from this program"):
+        run_to_the_end(tmp_path, tiny_arguments, 20, *more)
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [foreign]
+
+
+def test_a_wrong_checkpoint_changes_nothing(whole, tmp_path, tiny_arguments):
+    """--overwrite deletes once model and checkpoint are known to fit, and a failed start leaves no folder."""
+    out = copy_of(whole, tmp_path)
+    before = files_of(out)
+    (tmp_path / "wrong").mkdir()
+    for name in ("pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"):
+        (tmp_path / "wrong" / name).write_bytes(b"wrong")
+    for more in (["--overwrite"], ["--output_dir=new"]):
+        with pytest.raises(InputError, match="--ckpt_path"):
+            run_to_the_end(tmp_path, tiny_arguments, 20, f"--ckpt_path={tmp_path / 'wrong'}", *more)
+    assert files_of(out) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_second_run_is_refused(whole, run_script, tmp_path, tiny_arguments):
+    out = copy_of(whole, tmp_path)
+    with FileLock(out / ".lock"):
+        done = run_script("augmentation.py", *tiny_arguments, "--num_aug=20", "--output_dir=out")
+    assert done.returncode == 2
+    assert "another run is writing into out" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_keep_finished_items(whole, tmp_path, tiny_arguments, number, status):
+    process = start(tmp_path, *tiny_arguments, "--num_inference_steps=40", "--num_aug=400", "--output_dir=out")
+    wait_for_images(tmp_path / "out", 8, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    last = errors.replace("\r", "\n").splitlines()[-1]
+    told = re.search(r"stopped: (\d+) of 400 items are done; the same command goes on", last)
+    assert told, errors
+    assert "Traceback" not in errors
+    images = list((tmp_path / "out" / "image").iterdir())
+    assert len(images) == int(told[1])
+    for path in images:
+        Image.open(path).load()
+        assert (tmp_path / "out" / "mask" / path.name.replace("gen", "mask")).is_file()
+    assert not (tmp_path / "out" / "soft_label.npy").exists()
+
+
+FULL_DISK = """
+import resource, runpy, sys
+import noisecutmix.generator  # some libraries write caches of their own when they are imported
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_full_disk(whole, tmp_path, tiny_arguments):
+    """No file above the size of run.json can be written: masks can, pictures of 64x64 cannot."""
+    limit = (whole / "run.json").stat().st_size + 200
+    arguments = [*tiny_arguments, "--resolution=64", "--num_aug=20", "--output_dir=out"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(limit), str(ROOT / "augmentation.py"), *arguments],
+        cwd=tmp_path,
+        env=offline_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.replace("\r", "\n").splitlines()[-1]
+    assert "File too large" in last and "0 of 20 items are done; the same command goes on" in last
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out" / "image").iterdir())
+    run_to_the_end(tmp_path, tiny_arguments, 20, "--resolution=64")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows renames no folder in use")
+def test_a_file_system_that_goes_away(tmp_path, tiny_arguments):
+    arguments = [*tiny_arguments, "--num_inference_steps=20"]
+    process = start(tmp_path, *arguments, "--num_aug=60", "--output_dir=out")
+    wait_for_images(tmp_path / "out", 8, process)
+    (tmp_path / "out").rename(tmp_path / "away")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert re.search(r"error: out/.*No such file.* of 60 items are done; the same command goes on$", errors.strip())
+    assert "Traceback" not in errors and output == ""
+
+    (tmp_path / "away").rename(tmp_path / "out")
+    run_to_the_end(tmp_path, arguments, 60)
+    assert len(list((tmp_path / "out" / "image").iterdir())) == 60
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="writes where Linux lets nobody, not even root")
+def test_unwritable_folder(tmp_path, tiny_arguments):
+    arguments = [*tiny_arguments, "--output_dir=/proc/nobody/out"]
+    with (
+        as_command_line("augmentation.py", *arguments, folder=tmp_path) as main,
+        pytest.raises(InputError, match=r"--output_dir: /proc.* (cannot be written|is not writable)"),
+    ):
+        main()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["torch", "cuBLAS", "Triton"],
+)
+def test_out_of_memory_halves_the_batch(whole, tmp_path, tiny_arguments, monkeypatch, capsys, error):
+    """A pipeline that runs out of memory above batch 2 ends with the right data set."""
+    call = NoiseCutMixPipeline.__call__
+
+    def short_of_memory(self, *arguments, **named):
+        if len(named["mask"]) > 2:
+            raise error
+        return call(self, *arguments, **named)
+
+    monkeypatch.setattr(NoiseCutMixPipeline, "__call__", short_of_memory)
+    run_to_the_end(tmp_path, tiny_arguments, 20)
+    errors = capsys.readouterr().err
+    assert "out of memory at batch size 8, going on with 4" in errors
+    assert "out of memory at batch size 4, going on with 2" in errors
+    assert errors.count("out of memory") == 2
+    compare(tmp_path / "out", whole)
+
+
+def test_out_of_memory_at_batch_size_1(tiny_pipeline, monkeypatch):
+    generator = NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=1)
+
+    def never(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(generator, "pipe", never)
+    generator._embeds = {prompt: torch.zeros(1, 1, 1) for prompt in (*generator._prompts, "")}
+    with pytest.raises(RunError, match="out of memory at batch size 1"):
+        generator.draw([generator.plan.item(0)])
+
+
+def test_a_picture_that_is_not_finite_is_named_and_not_written(tmp_path, tiny_arguments, monkeypatch):
+    decode = NoiseCutMixPipeline._decode
+
+    def overflow(self, latents):
+        latents[1] = torch.inf
+        return decode(self, latents)
+
+    monkeypatch.setattr(NoiseCutMixPipeline, "_decode", overflow)
+    with pytest.raises(RunError, match=r"item 1: the picture is not finite.*--dtype=bfloat16.*0 of 3 items are done"):
+        run_to_the_end(tmp_path, tiny_arguments, 3)
+    assert not list((tmp_path / "out" / "image").iterdir())
+
+
+def test_an_error_in_a_writer_thread_stops_the_run():
+    def fail(number):
+        raise OSError(28, "No space left on device", f"file {number}")
+
+    with pytest.raises(OSError, match="No space"), files.BackgroundWriter(fail) as background:
+        for number in range(1000):
+            background.submit(number)
+            time.sleep(0.001)
+        raise AssertionError("the error should have come earlier")
+
+
+@pytest.mark.slow
+def test_ten_kills_change_nothing(tmp_path, tiny_arguments):
+    arguments = ["--data_name=digits", "--device=cpu", "--num_inference_steps=10", "--num_aug=200", "--output_dir=out"]
+    (tmp_path / "whole").mkdir()
+    run_to_the_end(tmp_path / "whole", arguments[:-2], 200)
+    rng = random.Random(0)
+    for done in range(0, 200, 20):
+        process = start(tmp_path, *arguments)
+        wait_for_images(tmp_path / "out", done, process)  # so that each run gets somewhere
+        time.sleep(rng.uniform(0, 2))
+        process.kill()
+        process.communicate()
+    run_to_the_end(tmp_path, arguments[:-2], 200)
+    compare(tmp_path / "out", tmp_path / "whole" / "out")
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def launch(tmp_path, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1",
+         "--mixed_precision=no", "--dynamo_backend=no", "--multi_gpu", "--main_process_port=0",
+         str(ROOT / "augmentation.py"), *arguments],
+        cwd=tmp_path,
+        env=offline_environment(OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(whole, tmp_path, tiny_arguments):
+    process = launch(tmp_path, *tiny_arguments, "--num_aug=20", "--output_dir=out")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert output.count("out is complete: 20 items") == 1  # rank 0 alone prints
+    compare(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
+def test_a_machine_with_other_options_is_refused(tmp_path, tiny_arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            command("augmentation.py", *tiny_arguments, "--output_dir=out", f"--seed={rank}"),
+            cwd=tmp_path,
+            env=offline_environment(
+                RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            ),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 2]
+    assert "process 1: --seed: differs from the main process's: 1 here, 0 there" in errors[1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_after_one_of_two_was_killed(tmp_path, tiny_arguments):
+    steps = "--num_inference_steps=20"
+    (tmp_path / "whole").mkdir()
+    run_to_the_end(tmp_path / "whole", tiny_arguments, 300, steps)
+    process = launch(tmp_path, *tiny_arguments, steps, "--num_aug=300", "--output_dir=out")
+    wait_for_images(tmp_path / "out", 30, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    next(worker for worker in workers if str(ROOT / "augmentation.py") in worker.cmdline()).kill()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not (tmp_path / "out" / "soft_label.npy").exists()
+    run_to_the_end(tmp_path, tiny_arguments, 300, steps)
+    compare(tmp_path / "out", tmp_path / "whole" / "out")
+
+
+MILLION = """
+import resource, sys, time
+from pathlib import Path
+import numpy
+from noisecutmix.plan import Plan
+from noisecutmix.writer import OutputFolder
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+folder = OutputFolder(Path(sys.argv[1]), Plan(0, 10, 1.0, 512), 1_000_000, [str(i) for i in range(10)])
+start = time.perf_counter()
+folder.write_labels_and_metadata()
+seconds = time.perf_counter() - start
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="measures memory with the resource module")
+def test_a_million_items_cost_little_memory(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MILLION, str(tmp_path)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    seconds, mebibytes = map(float, done.stdout.split())
+    print(f"a million items: {seconds:.0f} s, {mebibytes:.0f} MiB")
+    labels = np.load(tmp_path / "soft_label.npy", mmap_mode="r")
+    assert labels.shape == (1_000_000, 10)
+    assert mebibytes < 200 + labels.nbytes / 2**20
+    assert json.loads((tmp_path / "metadata.jsonl").read_text().splitlines()[-1])["file_name"] == "image/gen_999999.png"
