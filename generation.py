@@ -4,6 +4,8 @@ python generation.py --data_name=digits --num_gen=8
 python generation.py --data_name=cub --device=cuda --target_class="Blue Jay" --aug_class=Cardinal
 """
 
+from PIL import Image
+
 from noisecutmix import cli, running
 
 
@@ -15,22 +17,23 @@ def main() -> None:
     from tqdm import tqdm
 
     from noisecutmix.files import write_png
-    from noisecutmix.preview import draw_preview
+    from noisecutmix.preview import MOST_PICTURES, draw_preview
 
     generator = running.create_generator(options, device)
     running.make_output_dir(options.output_dir)
     items = [generator.plan.item(i, options.target_class, options.aug_class) for i in range(options.num_gen)]
     digits = max(4, len(str(options.num_gen - 1)))
-    images = []
+    shown: list[Image.Image] = []
     with tqdm(total=len(items), unit="image") as bar:
         for start in range(0, len(items), options.batch_size):
             batch = items[start : start + options.batch_size]
-            for item, image in zip(batch, generator.draw(batch)):
+            images = generator.draw(batch)
+            for item, image in zip(batch, images):
                 write_png(options.output_dir / f"gen_{item.index:0{digits}d}.png", image)
-                images.append(image)
+            shown += images[: MOST_PICTURES - len(shown)]
             bar.update(len(batch))
-    write_png(options.output_dir / "preview.png", draw_preview(images, items, generator.class_names))
-    print(f"wrote {len(images)} pictures and preview.png to {options.output_dir}")
+    write_png(options.output_dir / "preview.png", draw_preview(shown, items, generator.class_names))
+    print(f"wrote {len(items)} pictures and preview.png to {options.output_dir}")
 
 
 if __name__ == "__main__":

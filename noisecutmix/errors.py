@@ -16,6 +16,11 @@ class PeerStoppedError(RunError):
     """Another process of the launch stopped, and says why itself."""
 
 
+def is_launched() -> bool:
+    """Return whether this is one process of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def is_main_process() -> bool:
     """Return whether this is the process of a launch that prints; alone it is."""
     return int(os.environ.get("RANK", 0)) == 0

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from .errors import PeerStoppedError
+from .errors import PeerStoppedError, RunError, first_line
 
 LONGEST_WAIT = timedelta(days=365)
 PEER_STOPPED = "another process of this launch stopped; the same command goes on"
@@ -19,6 +19,9 @@ class Processes:
     """This process's place in the launch: `rank` of `count`, one process alone being 0 of 1.
 
     They talk over gloo, on the CPU, and only at the start and the end of a run: the pictures are independent.
+
+    Raises:
+        RunError: the processes do not reach each other.
     """
 
     def __init__(self) -> None:
@@ -27,7 +30,11 @@ class Processes:
         if self.count > 1:
             from torch import distributed
 
-            distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+            try:
+                distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+            except RuntimeError as error:
+                reason = first_line(error)
+                raise RunError(f"the processes of this launch do not reach each other: {reason}") from error
 
     @property
     def is_main(self) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .datasets import EMBEDDINGS_FILE, LORA_FILE
-from .errors import InputError, PeerStoppedError, RunError, is_main_process, is_out_of_memory, say
+from .errors import InputError, PeerStoppedError, RunError, is_launched, is_main_process, is_out_of_memory, say
 
 if TYPE_CHECKING:
     from .generator import NoiseCutMixGenerator
@@ -28,6 +28,15 @@ def fail(message: str, status: int) -> NoReturn:
     rank = "" if is_main_process() else f"process {os.environ['RANK']}: "
     if not rank or status != 2 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(message.split())}", file=sys.stderr)
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """Exit; from a launch at once, since gloo's threads, still open to the others, may abort while Python ends."""
+    if is_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -42,14 +51,14 @@ def run(main: Callable[[], None]) -> None:
         fail(str(error), 2)
     except PeerStoppedError as error:
         say(str(error))
-        sys.exit(1)
+        leave(1)
     except RunError as error:
         fail(str(error), 1)
     except OSError as error:
         fail(describe(error), 1)
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "stopped; run the same command again")
-        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
+        leave(143 if isinstance(interrupt, Terminated) else 130)
 
 
 def describe(error: OSError) -> str:
