@@ -37,26 +37,22 @@ def main() -> None:
     folder = OutputFolder(options.output_dir, plan, options.num_aug, class_names)
     processes = Processes()
     try:
-        with running.telling_progress(folder, options.overwrite):
-            shaping = running.options_that_shape_the_data(options, device)
-            running.compare_with_main_process(shaping, processes.broadcast(shaping))
-            if processes.is_main:
-                folder.take(shaping, options.overwrite)
-            is_whole = (
-                processes.is_main and not options.overwrite and folder.is_complete() and not len(folder.find_missing())
-            )
-            if not processes.broadcast(is_whole):
-                # before anything is written: model and checkpoint may be wrong
-                generator = running.create_generator(options, processes.own_device(device))
+        shaping = running.options_that_shape_the_data(options, device)
+        running.compare_with_main_process(shaping, processes.broadcast(shaping))
+        if processes.is_main:
+            folder.take(shaping, options.overwrite)
+        if not processes.broadcast(processes.is_main and not options.overwrite and folder.is_complete()):
+            # before anything is written: model and checkpoint may be wrong
+            generator = running.create_generator(options, processes.own_device(device))
+            with running.telling_progress(folder, options.overwrite):
                 if processes.is_main:
                     folder.begin(running.describe_run(options, device))
                 missing = processes.broadcast(folder.find_missing() if processes.is_main else None)
                 draw_missing(generator, options.batch_size, processes, folder, missing)
-            if processes.is_main and not folder.is_complete():
-                folder.finish()
+                if processes.is_main:
+                    folder.finish()
     finally:
         folder.close()
-    processes.close()
     if processes.is_main:
         print(f"{options.output_dir} is complete: {options.num_aug} items")
 

@@ -97,8 +97,8 @@ def _load_model(model: str, prefer_half: bool) -> NoiseCutMixPipeline:
             )
             return pipe
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as failure:
-            # Of the two failures the one without a variant tells what is wrong with the model.
-            error = failure if variant is None or error is None else error
+            if variant is None:  # of the two failures this one tells what is wrong with the model
+                error = failure
     assert error is not None
     raise InputError(f"--model: {model} cannot be loaded: {first_line(error)}") from error
 
@@ -175,7 +175,7 @@ def _fuse_lora(pipe: NoiseCutMixPipeline, file: Path) -> None:
     placed = len(get_peft_model_state_dict(unet, adapter_name=unet.active_adapters()[0]))
     if placed != len(names):
         raise InputError(
-            f"--ckpt_path: {file}: only {placed} of its {len(names)} LoRA tensors have a place in the UNet"
+            f"--ckpt_path: {file}: its {len(names)} LoRA tensors do not fill {placed} places in the UNet one to one"
         )
     unet.fuse_lora()
     unet.unload_lora()

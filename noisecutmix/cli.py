@@ -1,6 +1,7 @@
 """The two scripts' parsers and their checks. Imports no torch."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -21,12 +22,6 @@ from .datasets import (
     vae_scale_factor,
 )
 from .errors import InputError
-from .running import fail
-
-LARGEST_SEED = 2**63 - 1
-MOST_STEPS = 999  # the noise schedule has 1,000 timesteps, and the scheduler takes no one twice
-MOST_ITEMS = 10**8
-LARGEST_RESOLUTION = 8192
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): ", r"\1: ", message)
-        fail(re.sub(r"^unrecognized arguments: (.*)", r"\1: no such flag; see --help", message), 2)
+        raise InputError(re.sub(r"^unrecognized arguments: (.*)", r"\1: no such flag; see --help", message))
 
 
 def create_generation_parser() -> argparse.ArgumentParser:
@@ -63,7 +58,7 @@ def create_augmentation_parser() -> argparse.ArgumentParser:
 
 
 def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return checked options; target_class and aug_class are labels or None. Exits with status 2 on bad input."""
+    """Return checked options; target_class and aug_class are labels or None. Raises InputError."""
     options = _checked(create_generation_parser().parse_args(arguments))
     names = options.data_set.class_names
     options.target_class = _find_class("--target_class", options.target_class, names)
@@ -74,7 +69,7 @@ def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def parse_augmentation(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return checked options. Exits with status 2 on bad input."""
+    """Return checked options. Raises InputError."""
     return _checked(create_augmentation_parser().parse_args(arguments))
 
 
@@ -143,51 +138,29 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--compile", action="store_true", help="compile the model first: pays off in long runs")
 
 
-def positive_int(text: str) -> int:
-    return int(_number(text, int, lambda value: value > 0, "a whole number above 0"))
-
-
-def item_count(text: str) -> int:
-    return _whole_number(text, 1, MOST_ITEMS)
-
-
-def side(text: str) -> int:
-    return _whole_number(text, 1, LARGEST_RESOLUTION)
-
-
-def step_count(text: str) -> int:
-    return _whole_number(text, 1, MOST_STEPS)
-
-
-def seed(text: str) -> int:
-    return _whole_number(text, 0, LARGEST_SEED)
-
-
-def positive_float(text: str) -> float:
-    return _number(text, float, lambda value: value > 0, "a number above 0")
-
-
-def non_negative_float(text: str) -> float:
-    return _number(text, float, lambda value: value >= 0, "a number of at least 0")
-
-
-def fraction(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def _whole_number(text: str, least: int, most: int) -> int:
-    return int(_number(text, int, lambda value: least <= value <= most, f"a whole number from {least} to {most}"))
-
-
-def _number(text: str, kind: Callable[[str], float], is_valid: Callable[[float], bool], wanted: str) -> float:
-    try:
-        value = kind(text)
-        is_wrong = not math.isfinite(value) or not is_valid(value)
-    except (ValueError, OverflowError):
-        is_wrong = True
-    if is_wrong:
+def _number(kind: Callable[[str], Any], is_valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if math.isfinite(value) and is_valid(value):
+                return value
         raise argparse.ArgumentTypeError(f"has to be {wanted}, not {text!r}")
-    return value
+
+    return read
+
+
+def _whole_number(least: int, most: int) -> Callable[[str], int]:
+    return _number(int, lambda value: least <= value <= most, f"a whole number from {least} to {most}")
+
+
+item_count = _whole_number(1, 10**8)
+side = _whole_number(1, 8192)
+step_count = _whole_number(1, 999)  # the noise schedule has 1,000 timesteps, and the scheduler takes no one twice
+seed = _whole_number(0, 2**63 - 1)
+positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
+positive_float = _number(float, lambda value: value > 0, "a number above 0")
+non_negative_float = _number(float, lambda value: value >= 0, "a number of at least 0")
+fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def device_name(text: str) -> str:

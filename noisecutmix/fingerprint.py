@@ -1,12 +1,14 @@
-"""What a data set was drawn with, in 64 hexadecimal digits: to tell whether a run may go on in a folder."""
+"""What a data set is drawn with: to tell whether a run may go on in a folder, or draw beside another process."""
 
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError, first_line
 
 SAMPLED_BYTES = 2**20
+LONGEST_TOLD = 60
 MODEL_SUFFIXES = (".json", ".txt", ".safetensors")
 
 
@@ -44,3 +46,12 @@ def fingerprint_model(model: str) -> str:
             f"--model: {model} is no local folder and cannot be had from the hub ({first_line(error)}); "
             "download it once (README) or give a local diffusers folder"
         ) from error
+
+
+def describe_difference(there: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Return the first option that differs, as "alpha (1.0 there, 0.5 now)"; values only where they are short."""
+    for name, value in now.items():
+        if there.get(name) != value:
+            told = f" ({there.get(name)} there, {value} now)"
+            return name + (told if len(told) < LONGEST_TOLD else "")
+    return None

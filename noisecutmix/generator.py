@@ -10,7 +10,7 @@ from PIL import Image
 from .checkpoint import find_placeholders, load_pipeline
 from .cutmix import draw_mask
 from .datasets import DEFAULT_PROMPT, load_data_set, vae_scale_factor
-from .errors import InputError, RunError, is_out_of_memory, say
+from .errors import InputError, RunError, first_line, is_out_of_memory, say
 from .pipeline import NonFiniteImageError
 from .plan import Item, Plan
 
@@ -79,6 +79,11 @@ class NoiseCutMixGenerator:
             raise InputError("--ckpt_path: a data set of one's own needs its Diff-Mix checkpoint's folder")
         if self.plan.resolution % vae_scale_factor(model):
             raise InputError(f"--resolution: has to be a multiple of {vae_scale_factor(model)}")
+
+        try:
+            prompt.format(name="", meta_class="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise InputError(f"--prompt: {prompt!r} is no template with {{name}}: {first_line(error)}") from error
 
         self.pipe = load_pipeline(model, ckpt_path, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)

@@ -34,6 +34,9 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "mask"]
     name2placeholder: dict[str, str]
+    # what a callback written for StableDiffusionPipeline may read
+    _clip_skip = None
+    _cross_attention_kwargs = None
 
     @torch.no_grad()
     def __call__(
@@ -93,9 +96,10 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
 
         # 1. Check inputs
         self._check_pair(prompt_1, prompt_2, prompt_1_embeds, prompt_2_embeds)
-        self._check_options(
-            height, width, num_inference_steps, num_images_per_prompt, guidance_interval, output_type,
-            callback_on_step_end_tensor_inputs,
+        self._check_options(height, width, num_inference_steps, num_images_per_prompt, guidance_interval, output_type)
+        self.check_inputs(  # diffusers' own for the rest; of height and width it expects a factor of 8
+            prompt_1, 8, 8, None, negative_prompt, prompt_1_embeds, negative_prompt_embeds,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         batch_size = _batch_size(prompt_1, prompt_1_embeds)
         masks = self._check_masks(mask, batch_size, height, width)
@@ -137,7 +141,8 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             num_images, self.unet.config.in_channels, height, width, torch.float32, noise_device, generator, latents
         ).to(device, prompt_embeds.dtype)
 
-        # 7. Denoise
+        # 7. Denoise; some schedulers draw noise at every step
+        step_options = self.prepare_extra_step_kwargs(generator, eta=0.0)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -159,7 +164,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
                 if is_guided:
                     noise_estimate = estimates[2] + guidance_scale * (noise_estimate - estimates[2])
 
-                latents = self.scheduler.step(noise_estimate, t, latents, return_dict=False)[0]
+                latents = self.scheduler.step(noise_estimate, t, latents, **step_options, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds, "mask": latent_mask}
@@ -235,7 +240,6 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         num_images_per_prompt: int,
         guidance_interval: tuple[float, float],
         output_type: str,
-        tensor_inputs: tuple[str, ...] | list[str],
     ) -> None:
         factor = self.vae_scale_factor
         if height < 1 or width < 1 or height % factor or width % factor:
@@ -249,11 +253,6 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             raise ValueError(f"`guidance_interval` has to rise within 0 to 1 but is {guidance_interval}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be pil, np, pt or latent but is {output_type!r}.")
-        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs} but has {unknown}."
-            )
 
     @staticmethod
     def _check_masks(mask: Mask | list[Mask] | None, batch_size: int, height: int, width: int) -> list[Image.Image]:

@@ -12,7 +12,7 @@ from typing import Any
 from .errors import PeerStoppedError, RunError, first_line
 
 LONGEST_WAIT = timedelta(days=365)
-PEER_STOPPED = "another process of this launch stopped; the same command goes on"
+PEER_STOPPED = "another process of this launch stopped"
 
 
 class Processes:
@@ -83,9 +83,3 @@ class Processes:
             arrived.wait()
         except RuntimeError as error:
             raise PeerStoppedError(PEER_STOPPED) from error
-
-    def close(self) -> None:
-        if self.count > 1:
-            from torch import distributed
-
-            distributed.destroy_process_group()

@@ -3,10 +3,10 @@
 import argparse
 import contextlib
 import ctypes
-import functools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,7 +32,7 @@ def fail(message: str, status: int) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """Exit; from a launch at once, since gloo's threads, still open to the others, may abort while Python ends."""
+    """Exit; from a launch at once, since gloo's threads may abort while Python ends."""
     if is_launched():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -47,6 +47,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        leave(0)
     except InputError as error:
         fail(str(error), 2)
     except PeerStoppedError as error:
@@ -59,6 +60,9 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "stopped; run the same command again")
         leave(143 if isinstance(interrupt, Terminated) else 130)
+    except Exception:  # a fault of the program: all that Python would tell, too
+        traceback.print_exc()
+        leave(1)
 
 
 def describe(error: OSError) -> str:
@@ -76,8 +80,10 @@ def telling_progress(folder: "OutputFolder", overwrite: bool) -> Iterator[None]:
         raise type(interrupt)(f"stopped: {_progress(folder)}; {how}") from interrupt
     except OSError as error:
         raise RunError(f"{describe(error)}; {_progress(folder)}; {how}") from error
+    except PeerStoppedError as error:
+        raise PeerStoppedError(f"{error}; {_progress(folder)}; {how}") from error
     except RunError as error:
-        raise type(error)(f"{error}; {_progress(folder)}") from error
+        raise RunError(f"{error}; {_progress(folder)}") from error
 
 
 def _progress(folder: "OutputFolder") -> str:
@@ -181,9 +187,11 @@ def compare_with_main_process(own: dict[str, Any], main: dict[str, Any]) -> None
     Raises:
         InputError: an option differs.
     """
-    for name, value in main.items():
-        if own[name] != value:
-            raise InputError(f"--{name}: differs from the main process's: {own[name]} here, {value} there")
+    from .fingerprint import describe_difference
+
+    difference = describe_difference(main, own)
+    if difference:
+        raise InputError(f"the main process has another {difference}; give all the same command and files")
 
 
 def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -210,24 +218,22 @@ def create_generator(options: argparse.Namespace, device: str) -> "NoiseCutMixGe
         logging.disable_progress_bar()
     from .generator import NoiseCutMixGenerator  # its imports chatter too
 
-    load = functools.partial(
-        NoiseCutMixGenerator,
-        device=device,
-        data_name=options.data_name,
-        ckpt_path=options.ckpt_path,
-        guidance_scale=options.guidance_scale,
-        num_inference_steps=options.num_inference_steps,
-        alpha=options.alpha,
-        model=options.model,
-        resolution=options.resolution,
-        dtype=getattr(torch, _dtype_name(options, device)),
-        prompt=options.prompt,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        guidance_interval=tuple(options.guidance_interval),
-    )
     try:
-        generator = load()
+        generator = NoiseCutMixGenerator(
+            device=device,
+            data_name=options.data_name,
+            ckpt_path=options.ckpt_path,
+            guidance_scale=options.guidance_scale,
+            num_inference_steps=options.num_inference_steps,
+            alpha=options.alpha,
+            model=options.model,
+            resolution=options.resolution,
+            dtype=getattr(torch, _dtype_name(options, device)),
+            prompt=options.prompt,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            guidance_interval=tuple(options.guidance_interval),
+        )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

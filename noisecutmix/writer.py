@@ -21,11 +21,13 @@ from . import __version__
 from .cutmix import draw_mask
 from .errors import InputError, RunError
 from .files import atomic_file, write_png
+from .fingerprint import describe_difference
 from .plan import Item, Plan
 from .preview import MOST_PICTURES, draw_preview
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 PARTS = {"image": "gen", "mask": "mask"}  # folder: prefix of its files
+MODES = {"image": "RGB", "mask": "L"}
 WRITTEN = r"(gen|mask)_\d+\.png|preview\.png|run\.json|metadata\.jsonl|soft_label\.npy"
 TEMPORARY = re.compile(rf"\.({WRITTEN})\.[0-9a-f]{{32}}\.tmp")
 SCANNED_AT_ONCE = 1000
@@ -92,19 +94,17 @@ class OutputFolder:
         Args:
             run: what else is worth knowing of this run, as JSON values; `command` is what goes on with it.
         """
-        runs = []
+        for name in ("soft_label.npy", "metadata.jsonl"):  # take back the word that the data set is complete
+            (self.root / name).unlink(missing_ok=True)
         if self._earlier and self._overwrite:
             self._delete_earlier_run()
-        elif self._earlier:
-            runs = self._earlier["runs"]
-            if not self.is_complete():
-                self._retract()
         for folder in (self.root, *(self.root / part for part in PARTS)):
             folder.mkdir(exist_ok=True)
             for entry in os.scandir(folder):
                 if TEMPORARY.fullmatch(entry.name):
                     os.unlink(entry)
-        run["versions"] = {"noisecutmix": __version__, **{name: version(name) for name in LIBRARIES}}
+        run = {**run, "versions": {"noisecutmix": __version__, **{name: version(name) for name in LIBRARIES}}}
+        runs = [] if self._overwrite else self._earlier.get("runs", [])
         if run not in runs:
             runs.append(run)
         content = {"num_aug": self.num_items, "options": self._options, "runs": runs}
@@ -122,12 +122,12 @@ class OutputFolder:
                 self.root.rmdir()
 
     def is_complete(self) -> bool:
-        """Return whether labels, metadata and preview of this many items are there; the former two as planned."""
+        """Return whether labels and metadata are as planned for this many items, preview and whole pictures there."""
         shape = (self.num_items, len(self.class_names))
         try:
             labels = np.load(self.root / "soft_label.npy", mmap_mode="r", allow_pickle=False)
             with open(self.root / "metadata.jsonl", "rb") as metadata:
-                return (
+                is_told_as_planned = (
                     (self.root / "preview.png").is_file()
                     and labels.shape == shape
                     and all(
@@ -137,18 +137,15 @@ class OutputFolder:
                 )
         except Exception:  # not there, of another length, or damaged, which numpy tells in many ways
             return False
+        return is_told_as_planned and all(self._find_whole(part).all() for part in PARTS)
 
     def find_missing(self) -> np.ndarray:
         """Return the indices of items without a whole image, int64, and delete damaged ones; write missing masks."""
-        has_image = self._find_whole("image", "RGB")
-        lacks_mask_alone = has_image & ~self._find_whole("mask", "L")
-        if lacks_mask_alone.any() or not has_image.all():
-            self._retract()
+        has_image = self._find_whole("image")
         for index, file in self._planned("image"):
             if not has_image[index]:
                 file.unlink()
-        (self.root / "mask").mkdir(exist_ok=True)
-        for index in np.flatnonzero(lacks_mask_alone).tolist():
+        for index in np.flatnonzero(has_image & ~self._find_whole("mask")).tolist():
             self._write_mask(self.plan.item(index))
         return np.flatnonzero(~has_image)
 
@@ -230,13 +227,12 @@ class OutputFolder:
             raise InputError(f"--output_dir: {run_file} is not from this program; choose another folder") from error
         if overwrite:
             return earlier
-        for name, value in json.loads(json.dumps(options)).items():
-            if earlier_options.get(name) != value:
-                told = f" ({earlier_options.get(name)} there, {value} now)" if len(str(value)) < 60 else ""
-                raise InputError(
-                    f"--output_dir: {self.root} was made with another {name}{told}; "
-                    "give the same, another folder, or --overwrite"
-                )
+        difference = describe_difference(earlier_options, options)
+        if difference:
+            raise InputError(
+                f"--output_dir: {self.root} was made with another {difference}; "
+                "give the same, another folder, or --overwrite"
+            )
         if earlier_num_aug > self.num_items:
             raise InputError(
                 f"--num_aug: {self.root} is planned for {earlier_num_aug} items, {self.num_items} is fewer; "
@@ -246,17 +242,11 @@ class OutputFolder:
 
     def _delete_earlier_run(self) -> None:
         """Delete what this program writes, and nothing else."""
-        self._retract()
         for part in PARTS:
             for _, file in self._scan(part):
                 file.unlink()
         (self.root / "preview.png").unlink(missing_ok=True)
         (self.root / "run.json").unlink()
-
-    def _retract(self) -> None:
-        """Take back the word that the data set is complete."""
-        for name in ("soft_label.npy", "metadata.jsonl"):
-            (self.root / name).unlink(missing_ok=True)
 
     def _scan(self, part: str) -> Iterator[tuple[int, Path]]:
         """Yield (index, file) of this program's pictures, in no order."""
@@ -270,7 +260,7 @@ class OutputFolder:
     def _planned(self, part: str) -> Iterator[tuple[int, Path]]:
         return (found for found in self._scan(part) if found[0] < self.num_items)
 
-    def _find_whole(self, part: str, mode: str) -> np.ndarray:
+    def _find_whole(self, part: str) -> np.ndarray:
         """Return whose pictures are undamaged, bool (num_items,); names get this number of items' digits."""
         whole = np.zeros(self.num_items, dtype=bool)
         for index, file in self._planned(part):
@@ -281,7 +271,7 @@ class OutputFolder:
         with ThreadPoolExecutor() as pool, bar:
             while some := list(itertools.islice(found, SCANNED_AT_ONCE)):
                 indices, files = zip(*some)
-                whole[list(indices)] = list(pool.map(self._is_whole, files, itertools.repeat(mode)))
+                whole[list(indices)] = list(pool.map(self._is_whole, files, itertools.repeat(MODES[part])))
                 bar.update(len(some))
         return whole
 

@@ -97,8 +97,7 @@ def draw_single_class(root: Path, plan: SingleClassPlan, num_items: int, options
                     for item, image in zip(items, generator.draw(items)):
                         folder.write(item, image)
                     bar.update(len(items))
-        if not folder.is_complete():
-            folder.finish()
+        folder.finish()
     finally:
         folder.close()
 

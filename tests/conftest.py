@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clean_environment  # noqa: F401
 import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -180,8 +181,10 @@ def as_command_line(script, *arguments, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        yield load_module(ROOT / script).main
-    signal.signal(signal.SIGTERM, handler)
+        try:
+            yield load_module(ROOT / script).main
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def command(script, *arguments):
@@ -189,7 +192,7 @@ def command(script, *arguments):
 
 
 def offline_environment(**changes):
-    return {**os.environ, "HF_HUB_OFFLINE": "1", **changes}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", **changes}
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ REFUSALS = {
     "LoRA without a place": (rename_first("down_blocks.9.attentions.0.to_q.lora.down.weight"), "nothing in the UNet"),
     "LoRA of nothing we know": (rename_first("some.other.tensor"), "nothing in the UNet takes some.other.tensor"),
     "LoRA for the text encoder": (rename_first("text_encoder.layer.to_q.lora_A.weight"), "nothing in the UNet"),
-    "LoRA in half a pair": (change_lora(lambda tensors: tensors.pop(min(tensors))), "LoRA tensors have a place"),
+    "LoRA in half a pair": (change_lora(lambda tensors: tensors.pop(min(tensors))), "LoRA tensors do not fill"),
     "LoRA not finite": (change_lora(lambda tensors: tensors[min(tensors)].fill_(torch.nan)), "not finite"),
     "hostile pickle": (overwrite(EMBEDDINGS, pickle.dumps(Hostile())), "not loaded"),
     "no pickle": (overwrite(EMBEDDINGS, b"zip?"), "not loaded"),

@@ -19,7 +19,7 @@ def run(script, *arguments, folder):
         env=offline_environment(),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

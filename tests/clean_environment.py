@@ -1,0 +1,18 @@
+"""Takes away what a shell may bring along and would decide otherwise than the tests say; before torch is imported."""
+
+import os
+import signal
+
+from hypothesis import settings
+
+for name in (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_DYNAMIC", "DNNL_DEFAULT_FPMATH_MODE", "PYTHONWARNINGS", "PYTHONDEVMODE",
+    "TORCH_COMPILE_DISABLE", "TQDM_DISABLE",
+):  # fmt: skip
+    os.environ.pop(name, None)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily starve the other processes
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; the scripts would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.load_profile("reproducible")
