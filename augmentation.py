@@ -4,31 +4,24 @@ python augmentation.py --data_name=digits --num_aug=32 --output_dir=outputs/digi
 accelerate launch --num_processes=8 augmentation.py --data_name=cub --num_aug=10000
 """
 
-import signal
-from types import FrameType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from noisecutmix import cli, running
-from noisecutmix.plan import Plan
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from noisecutmix.generator import NoiseCutMixGenerator
     from noisecutmix.processes import Processes
     from noisecutmix.writer import OutputFolder
 
 
-def terminate(number: int, frame: FrameType | None) -> None:
-    raise running.Terminated
-
-
 def main() -> None:
     options = cli.parse_augmentation()
-    signal.signal(signal.SIGTERM, terminate)
     device = running.choose_device(options.device)
 
     # heavy imports, once the arguments are known to be good
+    from noisecutmix.plan import Plan
     from noisecutmix.processes import Processes
     from noisecutmix.writer import OutputFolder
 
@@ -37,14 +30,15 @@ def main() -> None:
     folder = OutputFolder(options.output_dir, plan, options.num_aug, class_names)
     processes = Processes()
     try:
-        shaping = running.options_that_shape_the_data(options, device)
-        running.compare_with_main_process(shaping, processes.broadcast(shaping))
-        if processes.is_main:
-            folder.take(shaping, options.overwrite)
-        if not processes.broadcast(processes.is_main and not options.overwrite and folder.is_complete()):
-            # before anything is written: model and checkpoint may be wrong
-            generator = running.create_generator(options, processes.own_device(device))
-            with running.telling_progress(folder, options.overwrite):
+        with running.telling_progress(folder, options.overwrite):
+            shaping = running.options_that_shape_the_data(options, device)
+            running.compare_with_main_process(shaping, processes.broadcast(shaping))
+            if processes.is_main:
+                folder.take(shaping, options.overwrite)
+            is_complete = processes.is_main and not options.overwrite and folder.is_complete()
+            if not processes.broadcast(is_complete):
+                # before anything is written: model and checkpoint may be wrong
+                generator = running.create_generator(options, processes.own_device(device))
                 if processes.is_main:
                     folder.begin(running.describe_run(options, device))
                 missing = processes.broadcast(folder.find_missing() if processes.is_main else None)
@@ -62,9 +56,10 @@ def draw_missing(
     batch_size: int,
     processes: "Processes",
     folder: "OutputFolder",
-    missing: np.ndarray,
+    missing: "np.ndarray",
 ) -> None:
     """Draw this process's share: of the batches of missing items, every n-th, n being the number of processes."""
+    import numpy as np
     from tqdm import tqdm
 
     from noisecutmix.files import BackgroundWriter

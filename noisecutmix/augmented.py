@@ -29,7 +29,7 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
     """
 
     def __init__(self, root: str | Path, transform: Callable[[Image.Image], Any] | None = None):
-        self.root = Path(root)
+        self.root = Path(root).absolute()  # a later change of the working directory does not matter
         self.transform = transform
         self.file_names = self._read_file_names()
         self._soft_labels: np.ndarray | None = None
@@ -113,7 +113,7 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
     takes every batch.
 
     Raises:
-        ValueError: the probability lies outside 0 to 1, or a label does not fit num_classes.
+        ValueError: the probability lies outside 0 to 1, there is nothing to draw, or a label does not fit num_classes.
     """
 
     def __init__(
@@ -126,6 +126,10 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
     ):
         if not 0 <= probability <= 1:
             raise ValueError(f"`probability` has to lie within 0 to 1 but is {probability}.")
+        if probability > 0 and not _length(augmented):
+            raise ValueError("`augmented` is empty.")
+        if getattr(augmented, "num_classes", num_classes) != num_classes:
+            raise ValueError(f"`num_classes` is {num_classes} but the augmented labels have another number of classes.")
         self.real = real
         self.augmented = augmented
         self.probability = probability
@@ -148,7 +152,7 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
 
     def _soften(self, label_or_class: Any) -> torch.Tensor:
         label: torch.Tensor = torch.as_tensor(label_or_class)
-        if label.ndim == 0 and 0 <= label < self.num_classes:
+        if label.ndim == 0 and not label.is_floating_point() and 0 <= label < self.num_classes:
             label = torch.nn.functional.one_hot(label.long(), self.num_classes)
         if label.shape != (self.num_classes,):
             raise ValueError(f"a label has to be a class below {self.num_classes} or that many shares but is {label}.")

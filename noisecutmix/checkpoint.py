@@ -1,6 +1,7 @@
 """Read a Diff-Mix checkpoint (UNet LoRA and learned tokens) and put it into a pipeline."""
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,9 +38,13 @@ def load_pipeline(
         The pipeline; `name2placeholder` maps each class name of the checkpoint to its token.
 
     Raises:
-        InputError: the model or the checkpoint cannot be read, or they do not fit each other.
+        InputError: the device is not there, the model or the checkpoint cannot be read, or they do not fit each other.
     """
     device = torch.device(device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise InputError(f"--device: {device} cannot be used: {first_line(error)}") from error
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     lora_file, embeddings_file = Path(ckpt_path) / LORA_FILE, Path(ckpt_path) / EMBEDDINGS_FILE
@@ -48,13 +53,14 @@ def load_pipeline(
             raise InputError(f"--ckpt_path: {file} is missing; a Diff-Mix checkpoint has {file.name}")
     embeddings, name2placeholder = _read_embeddings(embeddings_file)
 
-    with warnings.catch_warnings():
+    # new weights are first drawn at random, by torch and peft, and from the global state
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # diffusers 0.42 warns of torch_dtype's new name, which 0.35 does not know
         warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
         pipe = _load_model(model, prefer_half=dtype == torch.float16)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, final_sigmas_type="sigma_min")
-    _add_tokens(pipe, embeddings, embeddings_file)
-    _fuse_lora(pipe, lora_file)
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, final_sigmas_type="sigma_min")
+        _add_tokens(pipe, embeddings, embeddings_file)
+        _fuse_lora(pipe, lora_file)
     pipe.name2placeholder = name2placeholder
     pipe.to(device, dtype)
     pipe.unet.to(memory_format=torch.channels_last)
@@ -106,7 +112,9 @@ def _load_model(model: str, prefer_half: bool) -> NoiseCutMixPipeline:
 def _read_embeddings(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return (embedding by token, token by class name); only tensors and plain containers are unpickled."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol, for one
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle fails in many ways, and each means the same
         raise InputError(f"--ckpt_path: {file} is no pickle of tensors alone, it was not loaded") from error
     if not isinstance(content, dict):
@@ -117,8 +125,12 @@ def _read_embeddings(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     for name, placeholder in name2placeholder.items():
         if not isinstance(name, str) or not isinstance(placeholder, str) or placeholder not in embeddings:
             raise InputError(f"--ckpt_path: {file} has no embedding {placeholder!r} for class {name!r}")
+    if len({normalise(name) for name in name2placeholder}) < len(name2placeholder):
+        raise InputError(f"--ckpt_path: {file}: two class names differ in spaces, '/' and '_' alone")
+    if len(set(name2placeholder.values())) < len(name2placeholder):
+        raise InputError(f"--ckpt_path: {file}: two classes share a token")
     for placeholder, embedding in embeddings.items():
-        if not isinstance(placeholder, str) or not isinstance(embedding, torch.Tensor):
+        if not isinstance(placeholder, str) or not placeholder.strip() or not isinstance(embedding, torch.Tensor):
             raise InputError(f"--ckpt_path: {file}: the embedding {placeholder!r} is no tensor under a name")
         if not torch.isfinite(embedding).all():
             raise InputError(f"--ckpt_path: {file}: the embedding {placeholder} is not finite")
@@ -164,25 +176,29 @@ def _fuse_lora(pipe: NoiseCutMixPipeline, file: Path) -> None:
         )
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"--ckpt_path: {file} holds no LoRA that diffusers reads: {first_line(error)}") from error
+    # what peft itself saves names the adapter and the model around the UNet
+    lora = {re.sub(r"\.default(?=\.weight$)", "", name.removeprefix("base_model.model.")): lora[name] for name in lora}
     if not any(name.startswith(("unet.", "text_encoder.")) for name in lora):
         lora = {f"unet.{name}": tensor for name, tensor in lora.items()}  # Diff-Mix's keys have no prefix
     lora = {name: tensor.float() for name, tensor in lora.items()}
-    _check_places(unet, lora, file)
+    places = _find_places(unet, lora, file)
     try:
         pipe.load_lora_into_unet(lora, network_alphas, unet, metadata=metadata)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"--ckpt_path: {file} does not fit the base model: {first_line(error)}") from error
-    placed = len(get_peft_model_state_dict(unet, adapter_name=unet.active_adapters()[0]))
-    if placed != len(names):
+    placed = get_peft_model_state_dict(unet, adapter_name=unet.active_adapters()[0])
+    is_in_place = [place in places and torch.equal(tensor, lora[places[place]]) for place, tensor in placed.items()]
+    if not len(names) == len(places) == sum(is_in_place) == len(placed):
         raise InputError(
-            f"--ckpt_path: {file}: its {len(names)} LoRA tensors do not fill {placed} places in the UNet one to one"
+            f"--ckpt_path: {file}: its {len(names)} LoRA tensors do not fill the {len(placed)} places in the UNet"
         )
     unet.fuse_lora()
     unet.unload_lora()
 
 
-def _check_places(unet: torch.nn.Module, lora: dict[str, torch.Tensor], file: Path) -> None:
-    converted = convert_unet_state_dict_to_peft({name.removeprefix("unet."): name for name in lora})
+def _find_places(unet: torch.nn.Module, lora: dict[str, torch.Tensor], file: Path) -> dict[str, str]:
+    """Return the LoRA's names by their places in the UNet, as peft writes them."""
+    converted: dict[str, str] = convert_unet_state_dict_to_peft({name.removeprefix("unet."): name for name in lora})
     modules = dict(unet.named_modules())
     if not converted:
         raise InputError(f"--ckpt_path: {file} holds no LoRA tensor")
@@ -204,3 +220,8 @@ def _check_places(unet: torch.nn.Module, lora: dict[str, torch.Tensor], file: Pa
             )
         if not torch.isfinite(lora[name]).all():
             raise InputError(f"--ckpt_path: {file}: {name} is not finite")
+        other = converted.get(f"{module_name}.lora_{'B' if axis else 'A'}.weight")
+        rank = lora[name].shape[1 - axis]
+        if not rank or (other and rank != lora[other].shape[axis]):
+            raise InputError(f"--ckpt_path: {file}: {name} has rank {rank}, which does not fit its other half")
+    return converted

@@ -4,9 +4,8 @@ import argparse
 import contextlib
 import difflib
 import math
-import os
 import re
-import string
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +16,7 @@ from .datasets import (
     LORA_FILE,
     META_CLASSES,
     DataSet,
+    check_prompt,
     load_data_set,
     normalise,
     vae_scale_factor,
@@ -90,7 +90,7 @@ class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _add_output_dir(group: Any) -> None:
-    group.add_argument("--output_dir", type=Path, default=Path("outputs"), metavar="DIR", help="folder to write into")
+    group.add_argument("--output_dir", type=folder, default=Path("outputs"), metavar="DIR", help="folder to write into")
 
 
 def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,14 +99,15 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         "--data_name", default="cub", metavar="NAME", help=f"{', '.join(META_CLASSES)}, or a .json file of your classes"
     )
     model.add_argument(
-        "--ckpt_path", type=Path, metavar="DIR", help="Diff-Mix checkpoint (default: ckpts/NAME/shot-1-lora-rank10)"
+        "--ckpt_path", type=folder, metavar="DIR", help="Diff-Mix checkpoint (default: ckpts/NAME/shot-1-lora-rank10)"
     )
     model.add_argument(
-        "--model", metavar="MODEL", help="base model, hub id or local diffusers folder (default: the data set's)"
+        "--model",
+        type=not_empty,
+        metavar="MODEL",
+        help="base model, hub id or local diffusers folder (default: the data set's)",
     )
-    model.add_argument(
-        "--prompt", type=prompt_template, default=DEFAULT_PROMPT, metavar="TEXT", help="template of the prompts"
-    )
+    model.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="template of the prompts")
 
     method = parser.add_argument_group("method")
     method.add_argument("--alpha", type=positive_float, default=1.0, metavar="A", help="of CutMix's Beta(alpha, alpha)")
@@ -169,21 +170,14 @@ def device_name(text: str) -> str:
     return text
 
 
-def prompt_template(text: str) -> str:
-    wanted = "a template with {name}, and {meta_class} if you like"
-    try:
-        parts = list(string.Formatter().parse(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"has to be {wanted}: {error}") from error
-    fields = [field for _, field, _, _ in parts if field is not None]
-    unknown = [field for field in fields if field not in ("name", "meta_class")]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"has to be {wanted}, {{{unknown[0]}}} is unknown")
-    if "name" not in fields:
-        raise argparse.ArgumentTypeError(f"has to be {wanted}, not {text!r}")
-    if any(spec or conversion for _, _, spec, conversion in parts):
-        raise argparse.ArgumentTypeError(f"has to be {wanted}, without a format after the name")
+def not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; leave the flag out for its default")
     return text
+
+
+def folder(text: str) -> Path:
+    return Path(not_empty(text))
 
 
 def _checked(options: argparse.Namespace) -> argparse.Namespace:
@@ -196,6 +190,8 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     if options.ckpt_path is None:
         raise InputError("--ckpt_path: needed with a data set of your own: the folder that Diff-Mix wrote")
     _check_checkpoint(options.ckpt_path)
+    _check_model(options.model)
+    check_prompt(options.prompt)
     factor = vae_scale_factor(options.model)
     if options.resolution % factor:
         raise InputError(f"--resolution: has to be a multiple of {factor}, not {options.resolution}")
@@ -217,6 +213,11 @@ def _check_checkpoint(path: Path) -> None:
             raise InputError(f"--ckpt_path: {path} has no {name}; {hint}")
 
 
+def _check_model(model: str) -> None:
+    if not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        raise InputError(f"--model: {model} is no folder, and no id on the hub; give one or the other")
+
+
 def _check_output_dir(path: Path) -> None:
     try:
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -224,8 +225,10 @@ def _check_output_dir(path: Path) -> None:
         raise InputError(f"--output_dir: {path} cannot be used: {error.strerror}") from error
     if not existing.is_dir():
         raise InputError(f"--output_dir: {existing} is a file; choose a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir: {existing} is not writable; choose another folder")
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()  # os.access says yes to root, and on Windows
+    except OSError as error:
+        raise InputError(f"--output_dir: {existing} is not writable: {error.strerror}; choose another") from error
 
 
 def _find_class(flag: str, wanted: str | None, names: tuple[str, ...]) -> int | None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +63,7 @@ def _read_json(path: Path) -> DataSet:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"--data_name: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--data_name: {path} is not valid JSON: {error}") from error
     expected = 'expected {"classes": ["…", …], "meta_class": "…"}'
     if not isinstance(content, dict):
@@ -71,11 +73,9 @@ def _read_json(path: Path) -> DataSet:
         raise InputError(f'--data_name: "classes" in {path} must be a list of names; {expected}')
     if len(names) < 2:
         raise InputError(f'--data_name: "classes" in {path} needs at least two names to mix, it has {len(names)}')
-    seen: dict[str, str] = {}
-    for name in names:
-        if normalise(name) in seen:
-            raise InputError(f'--data_name: "classes" in {path} names {name!r} twice')
-        seen[normalise(name)] = name
+    twice = find_repeated(names)
+    if twice:
+        raise InputError(f'--data_name: "classes" in {path} names {twice!r} twice')
     if not isinstance(meta_class, str) or not meta_class.strip():
         raise InputError(f'--data_name: "meta_class" is missing in {path}; {expected}')
     return DataSet(tuple(names), meta_class)
@@ -84,6 +84,37 @@ def _read_json(path: Path) -> DataSet:
 def normalise(name: str) -> str:
     """Return a class name as names are compared: '/', '_' and runs of spaces count as one space, the ends as none."""
     return re.sub(r"[\s/_]+", " ", name).strip()
+
+
+def find_repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that stands there twice, as names are compared."""
+    seen = set()
+    for name in names:
+        if normalise(name) in seen:
+            return name
+        seen.add(normalise(name))
+    return None
+
+
+def check_prompt(template: str) -> None:
+    """Refuse what is no template with {name} and perhaps {meta_class}.
+
+    Raises:
+        InputError: another field, none, a format after a name, or braces that do not close.
+    """
+    wanted = "--prompt: has to be a template with {name}, and {meta_class} if you like"
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"{wanted}: {error}") from error
+    fields = [field for _, field, _, _ in parts if field is not None]
+    unknown = [field for field in fields if field not in ("name", "meta_class")]
+    if unknown:
+        raise InputError(f"{wanted}, {{{unknown[0]}}} is unknown")
+    if "name" not in fields:
+        raise InputError(f"{wanted}, not {template!r}")
+    if any(spec or conversion for _, _, spec, conversion in parts):
+        raise InputError(f"{wanted}, without a format after the name")
 
 
 def vae_scale_factor(model: str) -> int:

@@ -27,9 +27,11 @@ def is_main_process() -> bool:
 
 
 def say(message: str) -> None:
-    """Print one line on standard error, from one process of a launch."""
+    """Print one line on standard error, above a bar that may be there, from one process of a launch."""
     if is_main_process():
-        print(message, file=sys.stderr)
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from .errors import InputError, first_line
 
 SAMPLED_BYTES = 2**20
-LONGEST_TOLD = 60
+LONGEST_TOLD = 120
 MODEL_SUFFIXES = (".json", ".txt", ".safetensors")
 
 
@@ -48,10 +48,11 @@ def fingerprint_model(model: str) -> str:
         ) from error
 
 
-def describe_difference(there: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Return the first option that differs, as "alpha (1.0 there, 0.5 now)"; values only where they are short."""
+def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the options that differ, as "alpha (1.0 there, 0.5 now), seed (…)"; values only where they are short."""
+    told = []
     for name, value in now.items():
         if there.get(name) != value:
-            told = f" ({there.get(name)} there, {value} now)"
-            return name + (told if len(told) < LONGEST_TOLD else "")
-    return None
+            values = f" ({there.get(name)} there, {value} now)"
+            told.append(name + (values if len(values) < LONGEST_TOLD else ""))
+    return ", ".join(told)

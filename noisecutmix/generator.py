@@ -9,8 +9,9 @@ from PIL import Image
 
 from .checkpoint import find_placeholders, load_pipeline
 from .cutmix import draw_mask
-from .datasets import DEFAULT_PROMPT, load_data_set, vae_scale_factor
-from .errors import InputError, RunError, first_line, is_out_of_memory, say
+from .datasets import DEFAULT_PROMPT, check_prompt, find_repeated, load_data_set, vae_scale_factor
+from .errors import InputError, RunError, is_out_of_memory, say
+from .inputs import check_guidance_scale
 from .pipeline import NonFiniteImageError
 from .plan import Item, Plan
 
@@ -60,30 +61,27 @@ class NoiseCutMixGenerator:
         batch_size: int = 8,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
     ):
-        if batch_size < 1 or not guidance_scale >= 0:
-            raise ValueError(
-                f"`batch_size` has to be at least 1, `guidance_scale` 0, but they are {batch_size}, {guidance_scale}."
-            )
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}.")
+        check_guidance_scale(guidance_scale)
+        check_prompt(prompt)
         data_set = load_data_set(data_name)
-        self.class_names = list(class_names or data_set.class_names)
+        self.class_names = list(data_set.class_names if class_names is None else class_names)
+        if find_repeated(self.class_names):
+            raise ValueError(f"`class_names` has {find_repeated(self.class_names)!r} twice.")
         self.meta_class = meta_class or data_set.meta_class
         self.num_classes = len(self.class_names)
         self.guidance_scale = guidance_scale
         self.num_inference_steps = num_inference_steps
         self.guidance_interval = guidance_interval
         self.batch_size = batch_size
-        self.plan = Plan(seed, self.num_classes, alpha, resolution or data_set.resolution)
+        self.plan = Plan(seed, self.num_classes, alpha, data_set.resolution if resolution is None else resolution)
         model = model or data_set.model
         ckpt_path = ckpt_path or data_set.ckpt_path
         if ckpt_path is None:
             raise InputError("--ckpt_path: a data set of one's own needs its Diff-Mix checkpoint's folder")
         if self.plan.resolution % vae_scale_factor(model):
             raise InputError(f"--resolution: has to be a multiple of {vae_scale_factor(model)}")
-
-        try:
-            prompt.format(name="", meta_class="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise InputError(f"--prompt: {prompt!r} is no template with {{name}}: {first_line(error)}") from error
 
         self.pipe = load_pipeline(model, ckpt_path, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
@@ -125,7 +123,8 @@ class NoiseCutMixGenerator:
         for label in (*target_labels, *augs):
             if label is not None and not 0 <= label < self.num_classes:
                 raise ValueError(f"labels have to lie within 0 to {self.num_classes - 1} but one is {label}.")
-        plan = Plan(self.plan.seed, self.num_classes, self.plan.alpha, resolution or self.plan.resolution)
+        resolution = self.plan.resolution if resolution is None else resolution
+        plan = Plan(self.plan.seed, self.num_classes, self.plan.alpha, resolution)
         items = [plan.item(self._next_index + i, *pair) for i, pair in enumerate(zip(target_labels, augs))]
         images = self.draw(items, resolution)
         self._next_index += len(items)

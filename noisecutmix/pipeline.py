@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
@@ -11,9 +10,20 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from PIL import Image
 
 from .errors import RunError, is_out_of_memory
+from .inputs import (
+    Mask,
+    Prompt,
+    check_counts,
+    check_guidance_interval,
+    check_guidance_scale,
+    check_latents,
+    check_output_type,
+    check_prompts,
+    check_size,
+    count_prompts,
+    to_mask_pictures,
+)
 
-Mask = Image.Image | np.ndarray | torch.Tensor
-Prompt = str | list[str]
 DECODED_AT_ONCE = 8
 
 
@@ -95,20 +105,27 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         width = sample_width * self.vae_scale_factor if width is None else width
 
         # 1. Check inputs
-        self._check_pair(prompt_1, prompt_2, prompt_1_embeds, prompt_2_embeds)
-        self._check_options(height, width, num_inference_steps, num_images_per_prompt, guidance_interval, output_type)
+        check_prompts(prompt_1, prompt_2, prompt_1_embeds, prompt_2_embeds, negative_prompt_embeds)
+        check_size(height, width, self.vae_scale_factor)
+        check_counts(num_inference_steps, num_images_per_prompt)
+        check_guidance_scale(guidance_scale)
+        check_guidance_interval(guidance_interval)
+        check_output_type(output_type)
         self.check_inputs(  # diffusers' own for the rest; of height and width it expects a factor of 8
             prompt_1, 8, 8, None, negative_prompt, prompt_1_embeds, negative_prompt_embeds,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        batch_size = _batch_size(prompt_1, prompt_1_embeds)
-        masks = self._check_masks(mask, batch_size, height, width)
+        batch_size = count_prompts(prompt_1, prompt_1_embeds)
+        masks = to_mask_pictures(mask, batch_size, height, width)
 
         # 2. Define call parameters
         device = self._execution_device
         self._guidance_scale = guidance_scale
         self._interrupt = False
         num_images = batch_size * num_images_per_prompt
+        latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
+        latents_shape = (num_images, self.unet.config.in_channels, latent_height, latent_width)
+        check_latents(latents, latents_shape)
 
         # 3. Encode the prompts
         embeds_1, uncond_embeds = self.encode_prompt(
@@ -121,7 +138,6 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             prompt_embeds = torch.cat([prompt_embeds, uncond_embeds])  # (3B, tokens, width)
 
         # 4. Prepare the masks: (B, 1, h, w), 1 where prompt_1 rules, smooth at the border
-        latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
         latent_mask = self.mask_processor.preprocess(masks, height=latent_height, width=latent_width)
         latent_mask = latent_mask.repeat_interleave(num_images_per_prompt, dim=0).to(device, prompt_embeds.dtype)
 
@@ -138,7 +154,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             generator.seed()
         noise_device = generator[0].device if isinstance(generator, list) else generator.device
         latents = self.prepare_latents(
-            num_images, self.unet.config.in_channels, height, width, torch.float32, noise_device, generator, latents
+            *latents_shape[:2], height, width, torch.float32, noise_device, generator, latents
         ).to(device, prompt_embeds.dtype)
 
         # 7. Denoise; some schedulers draw noise at every step
@@ -209,87 +225,6 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         if not all(is_finite):
             raise NonFiniteImageError([index for index, finite in enumerate(is_finite) if not finite])
         return decoded
-
-    @staticmethod
-    def _check_pair(
-        prompt_1: Prompt | None,
-        prompt_2: Prompt | None,
-        prompt_1_embeds: torch.Tensor | None,
-        prompt_2_embeds: torch.Tensor | None,
-    ) -> None:
-        for number, prompt, embeds in ((1, prompt_1, prompt_1_embeds), (2, prompt_2, prompt_2_embeds)):
-            if (prompt is None) == (embeds is None):
-                raise ValueError(
-                    f"Provide either `prompt_{number}` or `prompt_{number}_embeds`, not both and not none."
-                )
-            if prompt is not None and not isinstance(prompt, (str, list)):
-                raise TypeError(f"`prompt_{number}` has to be a `str` or `list` but is {type(prompt)}.")
-        if prompt_1 is not None and prompt_2 is not None and type(prompt_1) is not type(prompt_2):
-            raise TypeError(
-                f"`prompt_1` and `prompt_2` have to be of one type but are {type(prompt_1)} and {type(prompt_2)}."
-            )
-        size_1, size_2 = _batch_size(prompt_1, prompt_1_embeds), _batch_size(prompt_2, prompt_2_embeds)
-        if size_1 != size_2 or size_1 == 0:
-            raise ValueError(f"`prompt_1` and `prompt_2` have to be equally many but are {size_1} and {size_2}.")
-
-    def _check_options(
-        self,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        num_images_per_prompt: int,
-        guidance_interval: tuple[float, float],
-        output_type: str,
-    ) -> None:
-        factor = self.vae_scale_factor
-        if height < 1 or width < 1 or height % factor or width % factor:
-            raise ValueError(f"`height` and `width` have to be multiples of {factor} but are {height} and {width}.")
-        if num_inference_steps < 1 or num_images_per_prompt < 1:
-            raise ValueError(
-                "`num_inference_steps` and `num_images_per_prompt` have to be at least 1 but are "
-                f"{num_inference_steps} and {num_images_per_prompt}."
-            )
-        if not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(f"`guidance_interval` has to rise within 0 to 1 but is {guidance_interval}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` has to be pil, np, pt or latent but is {output_type!r}.")
-
-    @staticmethod
-    def _check_masks(mask: Mask | list[Mask] | None, batch_size: int, height: int, width: int) -> list[Image.Image]:
-        """Return one "L" picture a prompt, so that every kind of mask takes the same way to the latents."""
-        if mask is None:
-            raise ValueError("Provide `mask`: one a prompt.")
-        if isinstance(mask, (np.ndarray, torch.Tensor)) and mask.ndim == 3:
-            mask = list(mask)
-        masks = [_to_mask_picture(one) for one in (mask if isinstance(mask, list) else [mask])]
-        if len(masks) != batch_size:
-            raise ValueError(f"`mask` has to hold one mask a prompt, {batch_size}, but holds {len(masks)}.")
-        for one in masks:
-            if one.size != (width, height):
-                raise ValueError(f"`mask` has to be {width} x {height} pixels (width x height) but is {one.size}.")
-        return masks
-
-
-def _batch_size(prompt: Prompt | None, embeds: torch.Tensor | None) -> int:
-    if embeds is not None:
-        return len(embeds)
-    return len(prompt) if isinstance(prompt, list) else 1
-
-
-def _to_mask_picture(mask: Mask) -> Image.Image:
-    if isinstance(mask, Image.Image) and not mask.mode.startswith(("F", "I")):
-        return mask.convert("L")
-    if isinstance(mask, torch.Tensor):
-        mask = mask.detach().cpu().float() if mask.is_floating_point() else mask.cpu()  # numpy has no bfloat16
-    values = np.asarray(mask)
-    if values.ndim != 2:
-        raise ValueError(f"`mask` has to have the shape (height, width) but has {values.shape}.")
-    if values.dtype == np.uint8:
-        return Image.fromarray(values)
-    values = values.astype(np.float32)
-    if not (values.min() >= 0 and values.max() <= 1):
-        raise ValueError(f"`mask` has to lie within 0 to 1 but reaches from {values.min()} to {values.max()}.")
-    return Image.fromarray(np.uint8(np.round(values * 255)))
 
 
 def _to_pil(decoded: torch.Tensor) -> list[Image.Image]:

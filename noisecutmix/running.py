@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .datasets import EMBEDDINGS_FILE, LORA_FILE
@@ -45,6 +47,7 @@ def run(main: Callable[[], None]) -> None:
 
     2: bad input. 1: the run could not go on. 130 and 143: Ctrl-C and SIGTERM.
     """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
         leave(0)
@@ -65,6 +68,10 @@ def run(main: Callable[[], None]) -> None:
         leave(1)
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
 def describe(error: OSError) -> str:
     """Return an operating system's error as one line that names the file."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
@@ -73,17 +80,20 @@ def describe(error: OSError) -> str:
 @contextlib.contextmanager
 def telling_progress(folder: "OutputFolder", overwrite: bool) -> Iterator[None]:
     """Add to a stop's or a failure's message how many items are done and how to go on."""
-    how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        raise type(interrupt)(f"stopped: {_progress(folder)}; {how}") from interrupt
-    except OSError as error:
-        raise RunError(f"{describe(error)}; {_progress(folder)}; {how}") from error
-    except PeerStoppedError as error:
-        raise PeerStoppedError(f"{error}; {_progress(folder)}; {how}") from error
-    except RunError as error:
-        raise RunError(f"{error}; {_progress(folder)}") from error
+    except (KeyboardInterrupt, OSError, RunError) as error:
+        if overwrite and not folder.has_begun:
+            raise  # what is in the folder is the earlier run's
+        progress = _progress(folder)
+        how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
+        if isinstance(error, KeyboardInterrupt):
+            raise type(error)(f"stopped: {progress}; {how}") from error
+        if isinstance(error, OSError):
+            raise RunError(f"{describe(error)}; {progress}; {how}") from error
+        if isinstance(error, PeerStoppedError):
+            raise PeerStoppedError(f"{error}; {progress}; {how}") from error
+        raise RunError(f"{error}; {progress}") from error
 
 
 def _progress(folder: "OutputFolder") -> str:
@@ -187,11 +197,11 @@ def compare_with_main_process(own: dict[str, Any], main: dict[str, Any]) -> None
     Raises:
         InputError: an option differs.
     """
-    from .fingerprint import describe_difference
+    from .fingerprint import describe_differences
 
-    difference = describe_difference(main, own)
-    if difference:
-        raise InputError(f"the main process has another {difference}; give all the same command and files")
+    differences = describe_differences(main, own)
+    if differences:
+        raise InputError(f"the main process has another {differences}; give all the same command and files")
 
 
 def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from . import __version__
 from .cutmix import draw_mask
 from .errors import InputError, RunError
 from .files import atomic_file, write_png
-from .fingerprint import describe_difference
+from .fingerprint import describe_differences
 from .plan import Item, Plan
 from .preview import MOST_PICTURES, draw_preview
 
@@ -53,6 +53,7 @@ class OutputFolder:
         self.num_items = num_items
         self.class_names = class_names
         self._digits = max(4, len(str(num_items - 1)))
+        self.has_begun = False
         self._lock = FileLock(root / ".lock", timeout=0)
 
     def image_file(self, index: int) -> Path:
@@ -94,6 +95,7 @@ class OutputFolder:
         Args:
             run: what else is worth knowing of this run, as JSON values; `command` is what goes on with it.
         """
+        self.has_begun = True
         for name in ("soft_label.npy", "metadata.jsonl"):  # take back the word that the data set is complete
             (self.root / name).unlink(missing_ok=True)
         if self._earlier and self._overwrite:
@@ -227,10 +229,10 @@ class OutputFolder:
             raise InputError(f"--output_dir: {run_file} is not from this program; choose another folder") from error
         if overwrite:
             return earlier
-        difference = describe_difference(earlier_options, options)
-        if difference:
+        differences = describe_differences(earlier_options, options)
+        if differences:
             raise InputError(
-                f"--output_dir: {self.root} was made with another {difference}; "
+                f"--output_dir: {self.root} was made with another {differences}; "
                 "give the same, another folder, or --overwrite"
             )
         if earlier_num_aug > self.num_items:

@@ -145,6 +145,8 @@ def test_two_workers_train_an_epoch(folder, method):
 def test_wrong_labels_and_probabilities_are_named():
     with pytest.raises(ValueError, match="probability"):
         MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 1.5, 3)
+    with pytest.raises(ValueError, match="empty"):
+        MixedDataset(Constant(0.0, 3), [], 0.5, 3)
     with pytest.raises(ValueError, match="class below 2"):
         MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 0.0, 2)[2]
     with pytest.raises(IndexError):

@@ -24,6 +24,16 @@ def in_peft_keys(layers):
     return state_dict
 
 
+def in_named_adapter_keys(layers):
+    """As peft keeps them in a model."""
+    return {key.replace(".weight", ".default.weight"): tensor for key, tensor in in_peft_keys(layers).items()}
+
+
+def in_wrapped_model_keys(layers):
+    """As peft saves a model of its own."""
+    return {f"base_model.model.{key.removeprefix('unet.')}": tensor for key, tensor in in_peft_keys(layers).items()}
+
+
 def in_prefixed_old_keys(layers):
     return {f"unet.{key}": tensor for key, tensor in in_old_keys(layers).items()}
 
@@ -41,7 +51,14 @@ def in_kohya_keys(layers):
 
 @pytest.mark.parametrize(
     ("keys", "scale"),
-    [(in_old_keys, 1), (in_prefixed_old_keys, 1), (in_peft_keys, 1), (in_kohya_keys, 0.5)],
+    [
+        (in_old_keys, 1),
+        (in_prefixed_old_keys, 1),
+        (in_peft_keys, 1),
+        (in_named_adapter_keys, 1),
+        (in_wrapped_model_keys, 1),
+        (in_kohya_keys, 0.5),
+    ],
 )
 def test_lora_changes_the_unet_by_up_times_down(tiny_model, tiny_lora, tmp_path, keys, scale):
     write_checkpoint(tmp_path, keys(tiny_lora))
@@ -151,12 +168,18 @@ REFUSALS = {
     "LoRA of nothing we know": (rename_first("some.other.tensor"), "nothing in the UNet takes some.other.tensor"),
     "LoRA for the text encoder": (rename_first("text_encoder.layer.to_q.lora_A.weight"), "nothing in the UNet"),
     "LoRA in half a pair": (change_lora(lambda tensors: tensors.pop(min(tensors))), "LoRA tensors do not fill"),
+    "LoRA of two ranks": (
+        change_lora(lambda tensors: tensors.update({min(tensors): tensors[min(tensors)][:3]})),
+        "does not fit its other half",
+    ),
     "LoRA not finite": (change_lora(lambda tensors: tensors[min(tensors)].fill_(torch.nan)), "not finite"),
     "hostile pickle": (overwrite(EMBEDDINGS, pickle.dumps(Hostile())), "not loaded"),
     "no pickle": (overwrite(EMBEDDINGS, b"zip?"), "not loaded"),
     "embeddings are no dictionary": (lambda folder: torch.save([1], folder / EMBEDDINGS), "no dictionary"),
     "embeddings without names": (learned(name2placeholder=None), "lacks learned_embeds_dict or name2placeholder"),
     "a name without embedding": (learned(name2placeholder={"owl": "<class_7>"}), "'<class_7>' for class 'owl'"),
+    "two names on one token": (learned(name2placeholder={"owl": "<class_0>", "kite": "<class_0>"}), "share a token"),
+    "two names alike": (learned(name2placeholder={"a b": "<class_0>", "a_b": "<class_1>"}), "differ in spaces"),
     "embedding too wide": (embeddings_of(torch.zeros(TINY_WIDTH + 1)), r"shape \(33,\)"),
     "embedding not finite": (embeddings_of(torch.full((TINY_WIDTH,), torch.inf)), "<class_0> is not finite"),
     "embedding no tensor": (embeddings_of("0.5"), "no tensor"),
@@ -173,7 +196,20 @@ def test_refused_with_one_line_that_names_the_file(tiny_model, tiny_lora, tmp_pa
         load_pipeline(str(tiny_model), tmp_path, device="cpu")
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert "this ran" not in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "this ran" not in told.out
+    assert told.err == ""
+
+
+def test_loading_leaves_the_global_random_state_alone(tiny_model, tiny_checkpoint):
+    before = torch.random.get_rng_state()
+    load_pipeline(str(tiny_model), tiny_checkpoint, device="cpu")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_device_that_is_not_there_is_named(tiny_model, tiny_checkpoint):
+    with pytest.raises(InputError, match="--device: cuda:99 cannot be used"):
+        load_pipeline(str(tiny_model), tiny_checkpoint, device="cuda:99")
 
 
 def test_a_model_that_is_none_is_refused(tiny_checkpoint, tmp_path):

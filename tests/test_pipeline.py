@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from noisecutmix.pipeline import NonFiniteImageError
@@ -294,6 +294,14 @@ def test_the_decoder_falls_back_to_slices_when_memory_is_short(tiny_pipeline, mo
     assert_same(draw(tiny_pipeline, **arguments), expected)
 
 
+def test_a_scheduler_that_draws_noise_takes_it_from_the_generator(tiny_pipeline):
+    tiny_pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(tiny_pipeline.scheduler.config)
+    before = torch.random.get_rng_state()
+    first = draw(tiny_pipeline)
+    assert torch.equal(draw(tiny_pipeline), first)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -311,6 +319,11 @@ def test_the_decoder_falls_back_to_slices_when_memory_is_short(tiny_pipeline, mo
         ({"mask": np.full((16, 16), np.nan)}, ValueError, "within 0 to 1"),
         ({"mask": Image.new("I", (16, 16), 99_999)}, ValueError, "within 0 to 1"),
         ({"mask": np.zeros((2, 16, 16, 3))}, ValueError, "shape"),
+        ({"mask": np.eye(16, dtype=np.uint8)}, ValueError, "largest value is 1"),
+        ({"latents": torch.zeros(1, 4, 8, 7)}, ValueError, r"latents.*\(1, 4, 8, 8\)"),
+        ({"negative_prompt_embeds": torch.zeros(2, 24, 32)}, ValueError, "one shape"),
+        ({"guidance_scale": float("nan")}, ValueError, "guidance_scale"),
+        ({"guidance_scale": -1.0}, ValueError, "guidance_scale"),
         ({"height": 15}, ValueError, "multiples of 2"),
         ({"width": 0}, ValueError, "multiples of 2"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps"),

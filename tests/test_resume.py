@@ -225,7 +225,8 @@ def test_names_sort_in_row_order_when_they_grow_longer(tmp_path):
         ("--alpha=0.5", "alpha (1.0 there, 0.5 now)"),
         ("--seed=1", "seed (0 there, 1 now)"),
         ("--guidance_scale=3", "guidance_scale"),
-        ("--prompt=one {name}", "prompt"),
+        ("--prompt=one {name}", "prompt (a photo of a {name} {meta_class} there, one {name} now)"),
+        (["--alpha=2", "--seed=1"], "seed (0 there, 1 now), alpha (1.0 there, 2.0 now)"),
         ("--num_aug=19", "--num_aug: out is planned for 20 items, 19 is fewer"),
     ],
 )
@@ -233,7 +234,7 @@ def test_other_options_are_refused(whole, tmp_path, tiny_arguments, change, name
     out = copy_of(whole, tmp_path)
     before = files_of(out)
     with pytest.raises(InputError) as caught:
-        run_to_the_end(tmp_path, tiny_arguments, 20, change)
+        run_to_the_end(tmp_path, tiny_arguments, 20, *([change] if isinstance(change, str) else change))
     assert named in str(caught.value)
     assert files_of(out) == before
 
