@@ -11,7 +11,7 @@ for name in (
 ):  # fmt: skip
     os.environ.pop(name, None)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily starve the other processes
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait busily for long starve the other processes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; the scripts would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("reproducible", deadline=None, derandomize=True)
