@@ -142,6 +142,11 @@ def test_two_workers_train_an_epoch(folder, method):
     assert not torch.equal(model[1].weight, before)
 
 
+def test_another_number_of_classes_is_named(folder):
+    with pytest.raises(ValueError, match="`num_classes` is 4"):
+        MixedDataset(Constant(0.0, 4), AugmentedDataset(folder), 0.5, 4)
+
+
 def test_wrong_labels_and_probabilities_are_named():
     with pytest.raises(ValueError, match="probability"):
         MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 1.5, 3)
