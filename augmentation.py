@@ -6,41 +6,41 @@ accelerate launch --num_processes=8 augmentation.py --data_name=cub --num_aug=10
 
 from typing import TYPE_CHECKING
 
-from noisecutmix import cli, running
+from noisecutmix import cli, script
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from noisecutmix.folder import OutputFolder
     from noisecutmix.generator import NoiseCutMixGenerator
-    from noisecutmix.processes import Processes
-    from noisecutmix.writer import OutputFolder
+    from noisecutmix.launch import Processes
 
 
 def main() -> None:
     options = cli.parse_augmentation()
-    device = running.choose_device(options.device)
+    device = script.choose_device(options.device)
 
     # heavy imports, once the arguments are known to be good
+    from noisecutmix.folder import OutputFolder
+    from noisecutmix.launch import Processes
     from noisecutmix.plan import Plan
-    from noisecutmix.processes import Processes
-    from noisecutmix.writer import OutputFolder
 
-    class_names = options.data_set.class_names
+    class_names = options.classes.names
     plan = Plan(options.seed, len(class_names), options.alpha, options.resolution)
     folder = OutputFolder(options.output_dir, plan, options.num_aug, class_names)
     processes = Processes()
     try:
-        with running.telling_progress(folder, options.overwrite):
-            shaping = running.options_that_shape_the_data(options, device)
-            running.compare_with_main_process(shaping, processes.broadcast(shaping))
+        with script.telling_progress(folder, options.overwrite):
+            shaping = script.options_that_shape_the_data(options, device)
+            script.compare_with_main_process(shaping, processes.broadcast(shaping))
             if processes.is_main:
                 folder.take(shaping, options.overwrite)
             is_complete = processes.is_main and not options.overwrite and folder.is_complete()
             if not processes.broadcast(is_complete):
                 # before anything is written: model and checkpoint may be wrong
-                generator = running.create_generator(options, processes.own_device(device))
+                generator = script.create_generator(options, processes.own_device(device))
                 if processes.is_main:
-                    folder.begin(running.describe_run(options, device))
+                    folder.begin(script.describe_run(options, device))
                 missing = processes.broadcast(folder.find_missing() if processes.is_main else None)
                 draw_missing(generator, options.batch_size, processes, folder, missing)
                 if processes.is_main:
@@ -90,4 +90,4 @@ def draw_missing(
 
 
 if __name__ == "__main__":
-    running.run(main)
+    script.run(main)

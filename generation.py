@@ -6,21 +6,21 @@ python generation.py --data_name=cub --device=cuda --target_class="Blue Jay" --a
 
 from PIL import Image
 
-from noisecutmix import cli, running
+from noisecutmix import cli, script
 
 
 def main() -> None:
     options = cli.parse_generation()
 
     # heavy imports, once the arguments are known to be good
-    device = running.choose_device(options.device)
+    device = script.choose_device(options.device)
     from tqdm import tqdm
 
     from noisecutmix.files import write_png
     from noisecutmix.preview import MOST_PICTURES, draw_preview
 
-    generator = running.create_generator(options, device)
-    running.make_output_dir(options.output_dir)
+    generator = script.create_generator(options, device)
+    script.make_output_dir(options.output_dir)
     items = [generator.plan.item(i, options.target_class, options.aug_class) for i in range(options.num_gen)]
     digits = max(4, len(str(options.num_gen - 1)))
     shown: list[Image.Image] = []
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run(main)
+    script.run(main)

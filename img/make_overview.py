@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.cutmix import draw_mask
+from noisecutmix.folder import write_png
 from noisecutmix.plan import Item, Plan
 from noisecutmix.preview import AUG_COLOR, TARGET_COLOR
-from noisecutmix.writer import write_png
 
 STEP = 3  # of the 25, counted from 1
 COLUMNS = 9

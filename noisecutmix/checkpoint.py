@@ -12,7 +12,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from .datasets import EMBEDDINGS_FILE, LORA_FILE, normalise
+from .classes import EMBEDDINGS_FILE, LORA_FILE, normalise
 from .errors import InputError, first_line
 from .pipeline import NoiseCutMixPipeline
 

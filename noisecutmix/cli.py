@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .datasets import (
+from .classes import (
     DEFAULT_PROMPT,
     EMBEDDINGS_FILE,
     LORA_FILE,
     META_CLASSES,
-    DataSet,
+    Classes,
     check_prompt,
-    load_data_set,
+    load_classes,
     normalise,
     vae_scale_factor,
 )
@@ -60,7 +60,7 @@ def create_augmentation_parser() -> argparse.ArgumentParser:
 def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return checked options; target_class and aug_class are labels or None. Raises InputError."""
     options = _checked(create_generation_parser().parse_args(arguments))
-    names = options.data_set.class_names
+    names = options.classes.names
     options.target_class = _find_class("--target_class", options.target_class, names)
     options.aug_class = _find_class("--aug_class", options.aug_class, names)
     if options.target_class is not None and options.target_class == options.aug_class:
@@ -182,11 +182,11 @@ def folder(text: str) -> Path:
 
 def _checked(options: argparse.Namespace) -> argparse.Namespace:
     """Fill in the data set's defaults and check what can be checked without torch."""
-    data_set: DataSet = load_data_set(options.data_name)
-    options.data_set = data_set
-    options.model = options.model or data_set.model
-    options.resolution = options.resolution or data_set.resolution
-    options.ckpt_path = options.ckpt_path or data_set.ckpt_path
+    classes: Classes = load_classes(options.data_name)
+    options.classes = classes
+    options.model = options.model or classes.model
+    options.resolution = options.resolution or classes.resolution
+    options.ckpt_path = options.ckpt_path or classes.ckpt_path
     if options.ckpt_path is None:
         raise InputError("--ckpt_path: needed with a data set of your own: the folder that Diff-Mix wrote")
     _check_checkpoint(options.ckpt_path)

@@ -1,8 +1,5 @@
 """What can go wrong in ways the user can mend: every message is one line that says what to do."""
 
-import os
-import sys
-
 
 class InputError(ValueError):
     """A flag or a file is wrong. The message names it; no data was changed."""
@@ -14,24 +11,6 @@ class RunError(RuntimeError):
 
 class PeerStoppedError(RunError):
     """Another process of the launch stopped, and says why itself."""
-
-
-def is_launched() -> bool:
-    """Return whether this is one process of several."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
-def is_main_process() -> bool:
-    """Return whether this is the process of a launch that prints; alone it is."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def say(message: str) -> None:
-    """Print one line on standard error, above a bar that may be there, from one process of a launch."""
-    if is_main_process():
-        from tqdm import tqdm
-
-        tqdm.write(message, file=sys.stderr)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from .checkpoint import find_placeholders, load_pipeline
+from .classes import DEFAULT_PROMPT, check_prompt, find_repeated, load_classes, vae_scale_factor
 from .cutmix import draw_mask
-from .datasets import DEFAULT_PROMPT, check_prompt, find_repeated, load_data_set, vae_scale_factor
-from .errors import InputError, RunError, is_out_of_memory, say
+from .errors import InputError, RunError, is_out_of_memory
 from .inputs import check_guidance_scale
+from .launch import say
 from .pipeline import NonFiniteImageError
 from .plan import Item, Plan
 
@@ -21,7 +22,7 @@ class NoiseCutMixGenerator:
 
     Args:
         device: where to draw, "cuda", "mps" or "cpu".
-        data_name: cub, flower, aircraft, digits, or a JSON file (see `load_data_set`).
+        data_name: cub, flower, aircraft, digits, or a JSON file (see `load_classes`).
         ckpt_path: a Diff-Mix checkpoint's folder; None is the data set's own.
         guidance_scale, num_inference_steps, guidance_interval: see `NoiseCutMixPipeline`.
         alpha: of CutMix's Beta distribution, above 0.
@@ -65,19 +66,19 @@ class NoiseCutMixGenerator:
             raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}.")
         check_guidance_scale(guidance_scale)
         check_prompt(prompt)
-        data_set = load_data_set(data_name)
-        self.class_names = list(data_set.class_names if class_names is None else class_names)
+        classes = load_classes(data_name)
+        self.class_names = list(classes.names if class_names is None else class_names)
         if find_repeated(self.class_names):
             raise ValueError(f"`class_names` has {find_repeated(self.class_names)!r} twice.")
-        self.meta_class = meta_class or data_set.meta_class
+        self.meta_class = meta_class or classes.meta_class
         self.num_classes = len(self.class_names)
         self.guidance_scale = guidance_scale
         self.num_inference_steps = num_inference_steps
         self.guidance_interval = guidance_interval
         self.batch_size = batch_size
-        self.plan = Plan(seed, self.num_classes, alpha, data_set.resolution if resolution is None else resolution)
-        model = model or data_set.model
-        ckpt_path = ckpt_path or data_set.ckpt_path
+        self.plan = Plan(seed, self.num_classes, alpha, classes.resolution if resolution is None else resolution)
+        model = model or classes.model
+        ckpt_path = ckpt_path or classes.ckpt_path
         if ckpt_path is None:
             raise InputError("--ckpt_path: a data set of one's own needs its Diff-Mix checkpoint's folder")
         if self.plan.resolution % vae_scale_factor(model):
@@ -126,14 +127,14 @@ class NoiseCutMixGenerator:
         resolution = self.plan.resolution if resolution is None else resolution
         plan = Plan(self.plan.seed, self.num_classes, self.plan.alpha, resolution)
         items = [plan.item(self._next_index + i, *pair) for i, pair in enumerate(zip(target_labels, augs))]
-        images = self.draw(items, resolution)
+        images = self.draw(items)
         self._next_index += len(items)
         labels = [item.soft_label(self.num_classes) for item in items]
         if not return_mask:
             return images, labels
         return images, labels, [draw_mask(item.box, plan.resolution, plan.resolution) for item in items]
 
-    def draw(self, items: Sequence[Item], resolution: int | None = None) -> list[Image.Image]:
+    def draw(self, items: Sequence[Item]) -> list[Image.Image]:
         """Return the items' pictures, RGB, in order.
 
         Out of memory, the batch is halved (and stays so) and tried again.
@@ -146,7 +147,7 @@ class NoiseCutMixGenerator:
             batch = items[len(images) : len(images) + self.batch_size]
             size = self.batch_size if self._pads_batches else len(batch)
             try:
-                images += self._draw_batch(batch, resolution or self.plan.resolution)
+                images += self._draw_batch(batch)
                 continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -181,8 +182,9 @@ class NoiseCutMixGenerator:
                     "model reads; shorten the text before it"
                 )
 
-    def _draw_batch(self, items: Sequence[Item], resolution: int) -> list[Image.Image]:
+    def _draw_batch(self, items: Sequence[Item]) -> list[Image.Image]:
         batch = list(items)
+        resolution = batch[0].resolution
         if self._pads_batches:
             batch += [batch[-1]] * (self.batch_size - len(batch))
         try:

@@ -11,7 +11,10 @@ from .cutmix import Box, area_ratio, sample_box
 
 @dataclass(frozen=True)
 class Item:
-    """One picture to draw. `target` and `aug` are labels from 0; `ratio` is the target's share, inside `box`."""
+    """One picture to draw, square, `resolution` pixels a side.
+
+    `target` and `aug` are labels from 0; `ratio` is the target's share of the area, inside `box`.
+    """
 
     index: int
     target: int
@@ -19,6 +22,7 @@ class Item:
     box: Box
     ratio: float
     noise_seed: int
+    resolution: int
 
     def soft_label(self, num_classes: int) -> np.ndarray:
         """Return r * onehot(target) + (1 - r) * onehot(aug): float32, (num_classes,), sum 1."""
@@ -67,7 +71,7 @@ class Plan:
         if aug is None:
             aug = second + (second >= target)
         ratio = area_ratio(box, self.resolution, self.resolution)
-        return Item(index, target, aug, box, ratio, noise_seed)
+        return Item(index, target, aug, box, ratio, noise_seed, self.resolution)
 
     def items(self, num_items: int) -> Iterator[Item]:
         """Yield items 0 to num_items - 1 in order."""

@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from noisecutmix import AugmentedDataset, MixedDataset, cli, running
+from noisecutmix import AugmentedDataset, MixedDataset, cli, script
 from noisecutmix.cutmix import Box, draw_mask, sample_box
 from noisecutmix.errors import RunError
+from noisecutmix.folder import OutputFolder
 from noisecutmix.plan import Item, Plan
 from noisecutmix.preview import AUG_COLOR, TARGET_COLOR
-from noisecutmix.writer import OutputFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cpu"
@@ -83,14 +83,14 @@ def draw_mixed(arguments: list[str]) -> None:
 
 def draw_single_class(root: Path, plan: SingleClassPlan, num_items: int, options: argparse.Namespace) -> None:
     """Draw the plan's items into a folder such as augmentation.py's; goes on where an earlier run stopped."""
-    folder = OutputFolder(root, plan, num_items, options.data_set.class_names)
-    shaping = {**running.options_that_shape_the_data(options, DEVICE), "shown": plan.shown}
+    folder = OutputFolder(root, plan, num_items, options.classes.names)
+    shaping = {**script.options_that_shape_the_data(options, DEVICE), "shown": plan.shown}
     folder.take(shaping, overwrite=False)
     try:
-        folder.begin(running.describe_run(options, DEVICE))
+        folder.begin(script.describe_run(options, DEVICE))
         missing = folder.find_missing().tolist()
         if missing:
-            generator = running.create_generator(options, DEVICE)
+            generator = script.create_generator(options, DEVICE)
             with tqdm(total=num_items, initial=num_items - len(missing), unit="image") as bar:
                 for start in range(0, len(missing), generator.batch_size):
                     items = [plan.item(index) for index in missing[start : start + generator.batch_size]]
@@ -470,4 +470,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run(main)
+    script.run(main)

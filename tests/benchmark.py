@@ -46,12 +46,12 @@ from transformers.utils import logging as transformers_logging
 
 from noisecutmix import NoiseCutMixGenerator, NoiseCutMixPipeline, load_pipeline
 from noisecutmix.checkpoint import EMBEDDINGS_FILE, LORA_FILE
+from noisecutmix.classes import DEFAULT_PROMPT, load_classes
 from noisecutmix.cli import positive_int
 from noisecutmix.cutmix import draw_mask
-from noisecutmix.datasets import DEFAULT_PROMPT, load_data_set
 from noisecutmix.files import BackgroundWriter
+from noisecutmix.folder import OutputFolder
 from noisecutmix.plan import Item, Plan
-from noisecutmix.writer import OutputFolder
 
 DIGITS = Path(__file__).resolve().parent.parent / "ckpts" / "digits"
 PARTS = ("startup", "throughput", "writer", "memory")
@@ -256,9 +256,9 @@ class PlainWay:
         self.setup = setup
         self.pipe = load_plain_pipeline(setup, resizes_each_token=False)
         self.pipe.set_progress_bar_config(disable=True)
-        data_set = load_data_set(setup.data_name)
-        placeholders = [self.pipe.name2placeholder[name] for name in data_set.class_names]
-        self.prompts = [DEFAULT_PROMPT.format(name=name, meta_class=data_set.meta_class) for name in placeholders]
+        classes = load_classes(setup.data_name)
+        placeholders = [self.pipe.name2placeholder[name] for name in classes.names]
+        self.prompts = [DEFAULT_PROMPT.format(name=name, meta_class=classes.meta_class) for name in placeholders]
 
     def run(self, items: list[Item], folder: OutputFolder) -> None:
         for batch in split(items, self.setup.batch_size):
@@ -325,7 +325,7 @@ def split(items: list[Item], size: int) -> list[list[Item]]:
 @contextlib.contextmanager
 def planned_folder(setup: Setup, num_images: int) -> Iterator[tuple[list[Item], OutputFolder]]:
     """The plan's items, the same each time, and a fresh folder for them that is gone afterwards."""
-    names = load_data_set(setup.data_name).class_names
+    names = load_classes(setup.data_name).names
     plan = Plan(0, len(names), 1.0, setup.resolution)
     with tempfile.TemporaryDirectory() as root:
         folder = OutputFolder(Path(root), plan, num_images, names)
@@ -598,7 +598,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
     """Build what is to be drawn with, if it is not the bundled demo."""
     shape = SHAPES.get(options.arch)
     if shape is None:
-        demo = load_data_set("digits")
+        demo = load_classes("digits")
         data_name, model, ckpt_path, resolution = "digits", demo.model, str(demo.ckpt_path), demo.resolution
     else:
         build(folder, shape)

@@ -35,7 +35,7 @@ def generator():
 
 def items_in(box, ratio):
     """Items with every target class, the aug class three further on, and noise of their own."""
-    return [Item(i, i % 10, (i + 3) % 10, box, ratio, 1000 + i) for i in range(COUNT)]
+    return [Item(i, i % 10, (i + 3) % 10, box, ratio, 1000 + i, 32) for i in range(COUNT)]
 
 
 def as_gray(images):

@@ -86,7 +86,7 @@ def test_every_box_can_be_previewed(seed, alpha, resolution):
 
 def test_boxes_of_one_pixel_can_be_previewed():
     for left in range(20):
-        item = Item(0, 0, 1, (left, left, left + 1, left + 1), 0.0, 0)
+        item = Item(0, 0, 1, (left, left, left + 1, left + 1), 0.0, 0, 10)
         draw_preview([Image.new("RGB", (512, 512))], [item], ["one", "two"])
 
 

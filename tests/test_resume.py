@@ -25,9 +25,9 @@ from PIL import Image
 
 from noisecutmix import NoiseCutMixGenerator, files
 from noisecutmix.errors import InputError, RunError
+from noisecutmix.folder import OutputFolder
 from noisecutmix.pipeline import NoiseCutMixPipeline
 from noisecutmix.plan import Plan
-from noisecutmix.writer import OutputFolder
 
 LONGEST_WAIT = 300  # seconds: two cores may have other work
 LABELS_AND_MASKS = re.compile(r"mask/.*|metadata\.jsonl|soft_label\.npy")
@@ -547,7 +547,7 @@ import re, sys, time
 from pathlib import Path
 import numpy
 from noisecutmix.plan import Plan
-from noisecutmix.writer import OutputFolder
+from noisecutmix.folder import OutputFolder
 
 def peak():  # of this process alone; getrusage counts the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

@@ -21,9 +21,9 @@ from . import __version__
 from .cutmix import draw_mask
 from .errors import InputError, RunError
 from .files import atomic_file, write_png
-from .fingerprint import describe_differences
 from .plan import Item, Plan
 from .preview import MOST_PICTURES, draw_preview
+from .record import describe_differences
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 PARTS = {"image": "gen", "mask": "mask"}  # folder: prefix of its files

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from noisecutmix.datasets import load_data_set, normalise
+from noisecutmix.classes import load_classes, normalise
 from noisecutmix.errors import InputError
 
 CLASSES = {
@@ -19,9 +19,9 @@ CLASSES = {
 @pytest.mark.parametrize("name", CLASSES)
 def test_class_lists(name):
     count, meta_class, first, last = CLASSES[name]
-    data_set = load_data_set(name)
-    names = data_set.class_names
-    assert (len(names), names[0], names[-1], data_set.meta_class) == (count, first, last, meta_class)
+    classes = load_classes(name)
+    names = classes.names
+    assert (len(names), names[0], names[-1], classes.meta_class) == (count, first, last, meta_class)
     assert len({normalise(class_name) for class_name in names}) == count
     assert all(class_name == normalise(class_name) for class_name in names)
 
@@ -39,7 +39,7 @@ def test_class_lists(name):
     ],
 )
 def test_labels_of_some_classes(data_name, label, name):
-    assert load_data_set(data_name).class_names[label] == name
+    assert load_classes(data_name).names[label] == name
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_labels_of_some_classes(data_name, label, name):
 )
 def test_label_order_is_the_published_checkpoints(data_name, digest):
     """The SHA-256 of the names by line: a label that moved would be wrong in every data set, and seen in none."""
-    names = "\n".join(load_data_set(data_name).class_names)
+    names = "\n".join(load_classes(data_name).names)
     assert hashlib.sha256(names.encode()).hexdigest().startswith(digest)
 
 
@@ -63,11 +63,11 @@ def test_normalise(name, same):
 def test_json_data_set(tmp_path):
     path = tmp_path / "pets.json"
     path.write_text(json.dumps({"classes": ["cat", "dög"], "meta_class": "pet"}), encoding="utf-8")
-    data_set = load_data_set(str(path))
-    assert data_set.class_names == ("cat", "dög")
-    assert data_set.meta_class == "pet"
+    classes = load_classes(str(path))
+    assert classes.names == ("cat", "dög")
+    assert classes.meta_class == "pet"
 
 
 def test_unknown_data_set():
     with pytest.raises(InputError, match="--data_name: 'birds' is unknown"):
-        load_data_set("birds")
+        load_classes("birds")

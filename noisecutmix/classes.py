@@ -17,29 +17,29 @@ LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds
 
 
 @dataclass(frozen=True)
-class DataSet:
+class Classes:
     """Classes in label order, and the defaults for drawing them.
 
     `model` is a hub id or a local diffusers folder; `ckpt_path` a Diff-Mix checkpoint's folder, None where there is no
     default; `resolution` the side of a picture in pixels.
     """
 
-    class_names: tuple[str, ...]
+    names: tuple[str, ...]
     meta_class: str
     model: str = STABLE_DIFFUSION
     ckpt_path: Path | None = None
     resolution: int = 512
 
 
-def _bundled(name: str, meta_class: str, model: str = STABLE_DIFFUSION, resolution: int = 512) -> DataSet:
+def _bundled(name: str, meta_class: str, model: str = STABLE_DIFFUSION, resolution: int = 512) -> Classes:
     names = (CLASS_NAMES / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    return DataSet(tuple(names), meta_class, model, CHECKPOINTS / name / "shot-1-lora-rank10", resolution)
+    return Classes(tuple(names), meta_class, model, CHECKPOINTS / name / "shot-1-lora-rank10", resolution)
 
 
 META_CLASSES = {"cub": "bird", "flower": "flower", "aircraft": "aircraft", "digits": "digit"}
 
 
-def load_data_set(data_name: str) -> DataSet:
+def load_classes(data_name: str) -> Classes:
     """Return the data set called cub, flower, aircraft or digits, or the one that a JSON file describes.
 
     The file holds `{"classes": ["…", …], "meta_class": "…"}`: at least two class names in label order, as the
@@ -58,7 +58,7 @@ def load_data_set(data_name: str) -> DataSet:
     raise InputError(f"--data_name: {data_name!r} is unknown; choose one of {known}, or give a .json file")
 
 
-def _read_json(path: Path) -> DataSet:
+def _read_json(path: Path) -> Classes:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -78,7 +78,7 @@ def _read_json(path: Path) -> DataSet:
         raise InputError(f'--data_name: "classes" in {path} names {twice!r} twice')
     if not isinstance(meta_class, str) or not meta_class.strip():
         raise InputError(f'--data_name: "meta_class" is missing in {path}; {expected}')
-    return DataSet(tuple(names), meta_class)
+    return Classes(tuple(names), meta_class)
 
 
 def normalise(name: str) -> str:

@@ -13,12 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .datasets import EMBEDDINGS_FILE, LORA_FILE
-from .errors import InputError, PeerStoppedError, RunError, is_launched, is_main_process, is_out_of_memory, say
+from .classes import EMBEDDINGS_FILE, LORA_FILE
+from .errors import InputError, PeerStoppedError, RunError, is_out_of_memory
+from .launch import is_launched, is_main_process, say
 
 if TYPE_CHECKING:
+    from .folder import OutputFolder
     from .generator import NoiseCutMixGenerator
-    from .writer import OutputFolder
 
 
 class Terminated(KeyboardInterrupt):
@@ -171,7 +172,7 @@ def make_output_dir(path: Path) -> None:
 
 def options_that_shape_the_data(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Return what a data set depends on, as JSON values: a run may go on only where all of it is the same."""
-    from .fingerprint import fingerprint_files, fingerprint_model
+    from .record import fingerprint_files, fingerprint_model
 
     return {
         "seed": options.seed,
@@ -182,8 +183,8 @@ def options_that_shape_the_data(options: argparse.Namespace, device: str) -> dic
         "resolution": options.resolution,
         "dtype": _dtype_name(options, device),
         "prompt": options.prompt,
-        "meta_class": options.data_set.meta_class,
-        "class_names": list(options.data_set.class_names),
+        "meta_class": options.classes.meta_class,
+        "class_names": list(options.classes.names),
         "model": fingerprint_model(options.model),
         "checkpoint": fingerprint_files(
             options.ckpt_path, (options.ckpt_path / name for name in (LORA_FILE, EMBEDDINGS_FILE))
@@ -197,7 +198,7 @@ def compare_with_main_process(own: dict[str, Any], main: dict[str, Any]) -> None
     Raises:
         InputError: an option differs.
     """
-    from .fingerprint import describe_differences
+    from .record import describe_differences
 
     differences = describe_differences(main, own)
     if differences:

@@ -4,6 +4,7 @@ Imports no torch where there is one process, so that a folder that is refused is
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +14,24 @@ from .errors import PeerStoppedError, RunError, first_line
 
 LONGEST_WAIT = timedelta(days=365)
 PEER_STOPPED = "another process of this launch stopped"
+
+
+def is_launched() -> bool:
+    """Return whether this is one process of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process of a launch that prints; alone it is."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(message: str) -> None:
+    """Print one line on standard error, above a bar that may be there, from one process of a launch."""
+    if is_main_process():
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
 
 
 class Processes:
