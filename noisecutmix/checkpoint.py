@@ -1,9 +1,10 @@
 """Read a Diff-Mix checkpoint (UNet LoRA and learned tokens) and put it into a pipeline."""
 
 import difflib
+import io
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +12,11 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from .classes import EMBEDDINGS_FILE, LORA_FILE, normalise
 from .errors import InputError, first_line
+from .files import atomic_file
 from .pipeline import NoiseCutMixPipeline
 
 
@@ -225,3 +228,38 @@ def _find_places(unet: torch.nn.Module, lora: dict[str, torch.Tensor], file: Pat
         if not rank or (other and rank != lora[other].shape[axis]):
             raise InputError(f"--ckpt_path: {file}: {name} has rank {rank}, which does not fit its other half")
     return converted
+
+
+def save_checkpoint(
+    folder: Path, lora: dict[str, tuple[torch.Tensor, torch.Tensor]], rows: torch.Tensor, class_names: Sequence[str]
+) -> None:
+    """Write the two files of Diff-Mix's format, each whole or not at all; all in float32.
+
+    Args:
+        folder: is there already.
+        lora: (down (rank, in), up (out, rank)) of each of the UNet's attention layers, by the layer's name; the layer
+            changes by up @ down.
+        rows: the learned embeddings (num_classes, width).
+        class_names: in label order; class i's token is `<class_i>`.
+    """
+    tensors = {}
+    for name, halves in lora.items():
+        attention, layer = name.removesuffix(".0").rsplit(".", 1)
+        for direction, half in zip(("down", "up"), halves):
+            key = f"{attention}.processor.{layer}_lora.{direction}.weight"
+            tensors[key] = half.detach().to("cpu", torch.float32).contiguous()
+    placeholders = [f"<class_{label}>" for label in range(len(class_names))]
+    # a clone each: torch.save would write all rows' storage with a view
+    learned = {token: row.clone() for token, row in zip(placeholders, rows.detach().to("cpu", torch.float32))}
+    embeddings = io.BytesIO()
+    torch.save(
+        {
+            "learned_embeds_dict": learned,
+            "name2placeholder": dict(zip(class_names, placeholders)),
+            "placeholder2name": dict(zip(placeholders, class_names)),
+        },
+        embeddings,
+    )
+    for name, content in ((EMBEDDINGS_FILE, embeddings.getvalue()), (LORA_FILE, save(tensors))):
+        with atomic_file(folder / name) as file:
+            file.write(content)

@@ -3,20 +3,25 @@
     uv run python ckpts/digits/train.py --output_dir=outputs/digits_checkpoint
     uv run python ckpts/digits/train.py --output_dir=outputs/digits_checkpoint --steps=30   # a quick try
 
-Three stages, each with its own bar: the autoencoder, the UNet with its text encoder, and the rank-10 LoRA with one
-learned token a class. Everything is seeded: the same versions on the same machine train the same weights.
+    uv run python ckpts/digits/train.py --write_pictures=outputs/mirrored    # mirrored digits, to fine-tune on
+
+Three stages, each with its own bar: the autoencoder, the UNet with its text encoder, and, by ckpts/finetune.py, the
+rank-10 LoRA with one learned token a class. Everything is seeded: the same versions on the same machine train the same
+weights.
 """
 
 import argparse
 import copy
 import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -27,6 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 RESOLUTION = 32
 LORA_RANK = 10
+FINETUNE = Path(__file__).resolve().parent.parent / "finetune.py"
 EMPTY_PROMPT_SHARE = 0.1
 
 
@@ -192,54 +198,6 @@ def train_base(latents, labels, tokenizer, scheduler, steps, rng):
     return averaged["unet"].eval(), averaged["text_encoder"].eval()
 
 
-def train_lora(pipe, latents, labels, steps, rng):
-    """Fine-tune as Diff-Mix does: LoRA on the UNet's attention and one new token a class, all else frozen.
-
-    Returns (LoRA state dict in Diff-Mix's keys, embeddings by placeholder).
-    """
-    unet, text_encoder, tokenizer = pipe.unet, pipe.text_encoder, pipe.tokenizer
-    placeholders = [f"<class_{label}>" for label in range(len(CLASS_NAMES))]
-    unet.requires_grad_(False)
-    text_encoder.requires_grad_(False)
-    unet.add_adapter(
-        LoraConfig(
-            r=LORA_RANK,
-            lora_alpha=LORA_RANK,
-            init_lora_weights="gaussian",
-            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
-        )
-    )
-    first_new_id = len(tokenizer)
-    tokenizer.add_tokens(placeholders)
-    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    embeddings = text_encoder.get_input_embeddings().weight.requires_grad_(True)
-    with torch.no_grad():
-        embeddings[first_new_id:] = embeddings[:first_new_id].std() * torch.randn(
-            len(placeholders), embeddings.shape[1], generator=rng
-        )
-    # Adam leaves a row alone as long as its gradient is zero, so only the new tokens learn.
-    is_new = (torch.arange(len(embeddings)) >= first_new_id)[:, None]
-    embeddings.register_hook(lambda gradient: gradient * is_new)
-
-    input_ids = tokenize(tokenizer, [f"a photo of a {placeholder} digit" for placeholder in placeholders])
-    empty_ids = tokenize(tokenizer, [""])
-
-    def loss_of_batch():
-        return diffusion_loss(unet, text_encoder, pipe.scheduler, latents, input_ids, empty_ids, labels, rng)
-
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimize([*trained, embeddings], loss_of_batch, steps, 2e-3, "LoRA and tokens")
-
-    lora = {}
-    for key, tensor in get_peft_model_state_dict(unet).items():
-        module, direction = key.removesuffix(".weight").rsplit(".lora_", 1)
-        attention, layer = module.removesuffix(".0").rsplit(".", 1)
-        old_direction = {"A": "down", "B": "up"}[direction]
-        lora[f"{attention}.processor.{layer}_lora.{old_direction}.weight"] = tensor.detach().contiguous()
-    learned = {name: embeddings[first_new_id + i].detach().clone() for i, name in enumerate(placeholders)}
-    return lora, learned
-
-
 def save_base(folder, pipe):
     """Save in the diffusers layout, with the file names and keys that transformers 4 reads as well as 5."""
     pipe.save_pretrained(folder)
@@ -250,15 +208,43 @@ def save_base(folder, pipe):
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
-def save_diff_mix_checkpoint(folder, lora, learned):
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(lora, folder / "pytorch_lora_weights.safetensors")
-    pickled = {
-        "learned_embeds_dict": learned,
-        "name2placeholder": dict(zip(CLASS_NAMES, learned)),
-        "placeholder2name": dict(zip(learned, CLASS_NAMES)),
+def write_pictures(folder, images, labels):
+    """Write 8x8 digits as a user has pictures: PNG files of 32x32 in a folder a class."""
+    for number, (picture, label) in enumerate(zip(enlarge(images), labels)):
+        class_folder = folder / CLASS_NAMES[label]
+        class_folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(class_folder / f"{number:04d}.png")
+
+
+def choose_mirrored(digits_a_class):
+    """Return (images, labels) of the first `digits_a_class` training digits of each class, mirrored.
+
+    To the base model these are new: it knows digits the right way round.
+    """
+    images, labels, _, _ = load_split()
+    chosen = np.concatenate([np.flatnonzero(labels == label)[:digits_a_class] for label in range(len(CLASS_NAMES))])
+    return images[chosen, :, ::-1], labels[chosen]
+
+
+def finetune(base, pictures, output_dir, steps, seed):
+    """Fine-tune as a user does."""
+    arguments = {
+        "model": base,
+        "data_dir": pictures,
+        "meta_class": "digit",
+        "output_dir": output_dir,
+        "resolution": RESOLUTION,
+        "rank": LORA_RANK,
+        "max_train_steps": steps,
+        "train_batch_size": 64,
+        "learning_rate": 2e-3,
+        "token_learning_rate": 2e-3,
+        "lr_scheduler": "cosine",
+        "seed": seed,
+        "device": "cpu",
     }
-    torch.save(pickled, folder / "learned_embeds-steps-last.bin")
+    flags = [f"--{name}={value}" for name, value in arguments.items()]
+    subprocess.run([sys.executable, str(FINETUNE), *flags, "--overwrite"], check=True)
 
 
 def main():
@@ -266,7 +252,13 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/digits_checkpoint"))
     parser.add_argument("--steps", type=int, default=3000, help="UNet steps; the other stages scale with them")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write_pictures", type=Path, metavar="DIR", help="write mirrored digits there, and stop")
+    parser.add_argument("--digits_a_class", type=int, default=20, help="of the mirrored digits")
     args = parser.parse_args()
+    if args.write_pictures:
+        write_pictures(args.write_pictures, *choose_mirrored(args.digits_a_class))
+        print(f"wrote {args.write_pictures}")
+        return
 
     train_images, train_labels, _, _ = load_split()
     images = torch.from_numpy(enlarge(train_images)).float() / 127.5 - 1
@@ -287,8 +279,10 @@ def main():
             vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
         )
         save_base(args.output_dir / "base", pipe)
-        lora, learned = train_lora(pipe, latents, labels, max(1, args.steps * 4 // 15), rng)
-        save_diff_mix_checkpoint(args.output_dir / f"shot-1-lora-rank{LORA_RANK}", lora, learned)
+    with tempfile.TemporaryDirectory() as pictures:
+        write_pictures(Path(pictures), train_images, train_labels)
+        checkpoint = args.output_dir / f"shot-1-lora-rank{LORA_RANK}"
+        finetune(args.output_dir / "base", pictures, checkpoint, max(1, args.steps * 4 // 15), args.seed)
     print(f"wrote {args.output_dir}")
 
 

@@ -1,0 +1,194 @@
+"""The folder that training writes: how it was made, its states, and the finished checkpoint. Imports no torch before it must."""
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .classes import EMBEDDINGS_FILE, LORA_FILE
+from .errors import InputError
+from .files import atomic_file
+from .launch import say
+from .record import describe_differences
+
+RECORD, CLASSES, PREVIEW, POSTERIORS = "finetune.json", "classes.json", "preview.png", "pictures.bin"
+CHECKPOINT = (LORA_FILE, EMBEDDINGS_FILE, CLASSES)
+STATE = re.compile(r"state_(\d+)\.pt")
+STATES_KEPT = 2
+WRITTEN = re.compile(
+    rf"{STATE.pattern}|pictures\.(bin|part)|" + "|".join(map(re.escape, (*CHECKPOINT, RECORD, PREVIEW)))
+)
+TEMPORARY = re.compile(rf"\.({WRITTEN.pattern})\.[0-9a-f]{{32}}\.tmp")
+
+
+class TrainingFolder:
+    """A checkpoint's folder while it is made and afterwards.
+
+    `finetune.json` tells how it is made and how many steps the checkpoint in it has. States are single files, so each is
+    whole or not there.
+
+    Args:
+        root: the folder.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.posteriors_file = root / POSTERIORS
+        self.has_begun = False
+        self._lock = FileLock(root / ".lock", timeout=0)
+
+    def take(self, options: dict[str, Any], max_train_steps: int, overwrite: bool) -> None:
+        """Lock the folder for this run, or refuse another run's and one that was made with other options.
+
+        Nothing else is changed before `begin`.
+
+        Args:
+            options: all that shapes what is trained, as JSON values; it must equal that of an earlier run here.
+            max_train_steps: at least as many as the folder has.
+            overwrite: an earlier run's files are to be deleted, so its options do not matter.
+
+        Raises:
+            InputError: the folder cannot be taken.
+        """
+        self._read_record(options, max_train_steps, overwrite)
+        self._is_new = not self.root.exists()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout as error:
+            raise InputError(
+                f"`output_dir`: another run is writing into {self.root}; wait or choose another"
+            ) from error
+        except OSError as error:
+            raise InputError(f"`output_dir`: {self.root} cannot be written: {error.strerror}") from error
+        # once more: what another run wrote between the look and the lock
+        self._record = {} if overwrite else self._read_record(options, max_train_steps, overwrite)
+        self._options = options
+        self._overwrite = overwrite
+
+    def begin(self, content: dict[str, Any], run: dict[str, Any]) -> None:
+        """Clear away what is not whole, or all of an earlier run, and write finetune.json.
+
+        Args:
+            content: what stands at its top, as JSON values: `model` and `resolution` among it.
+            run: what is worth knowing of this run alone, as JSON values; `command` is what goes on with it.
+        """
+        self.has_begun = True
+        for entry in list(os.scandir(self.root)):
+            if TEMPORARY.fullmatch(entry.name) or (self._overwrite and WRITTEN.fullmatch(entry.name)):
+                os.unlink(entry)
+        runs = self._record.get("runs", [])
+        steps, losses = self.steps, self._record.get("losses", [])
+        self._record = {**content, "options": self._options, "runs": [*runs, *([run] if run not in runs else [])]}
+        self._write_record(steps, losses)
+
+    @property
+    def steps(self) -> int:
+        """How many steps the finished checkpoint has; 0 where there is none."""
+        is_there = all((self.root / name).is_file() for name in CHECKPOINT)
+        return int(self._record.get("steps", 0)) if is_there else 0
+
+    def find_state(self) -> tuple[int, dict[str, Any]]:
+        """Return (step, state) of the newest whole state, (0, {}) where there is none."""
+        import torch
+
+        for step, file in sorted(self._states(), reverse=True):
+            try:
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+                return step, state
+            except Exception as error:  # a damaged pickle fails in many ways, and each means the same
+                say(f"{file} is damaged and not used ({type(error).__name__})")
+        return 0, {}
+
+    def read_state(self, step: int) -> dict[str, Any]:
+        """Return the state of a step that `find_state` found, in another process of the launch."""
+        import torch
+
+        state: dict[str, Any] = torch.load(self._state_file(step), map_location="cpu", weights_only=True)
+        return state
+
+    def write_state(self, step: int, state: dict[str, Any]) -> None:
+        """Write a state and delete all but the last two."""
+        import torch
+
+        with atomic_file(self._state_file(step)) as file:
+            torch.save(state, file)
+        for _, old in sorted(self._states())[:-STATES_KEPT]:
+            old.unlink()
+
+    def count_steps(self) -> int:
+        """Return the newest state's step."""
+        return max((step for step, _ in self._states()), default=0)
+
+    def finish(self, steps: int, losses: list[float], classes: dict[str, Any]) -> None:
+        """Write what tells that the checkpoint, which is there already, has these steps."""
+        with atomic_file(self.root / CLASSES) as file:
+            file.write(json.dumps(classes, indent=2, ensure_ascii=False).encode())
+        (self.root / PREVIEW).unlink(missing_ok=True)
+        self._write_record(steps, losses)
+        with contextlib.suppress(OSError):  # Windows keeps it as long as it is mapped: the next run deletes it
+            self.posteriors_file.unlink(missing_ok=True)
+
+    def has_preview(self) -> bool:
+        return (self.root / PREVIEW).is_file()
+
+    def close(self) -> None:
+        """Release the lock; a folder made for this run goes again where nothing was written into it."""
+        if not self._lock.is_locked:
+            return
+        self._lock.release()
+        with contextlib.suppress(OSError):
+            if self._is_new and [file.name for file in self.root.iterdir()] == [".lock"]:
+                (self.root / ".lock").unlink()
+                self.root.rmdir()
+
+    def _state_file(self, step: int) -> Path:
+        return self.root / f"state_{step:08d}.pt"
+
+    def _states(self) -> list[tuple[int, Path]]:
+        if not self.root.is_dir():
+            return []
+        found = ((STATE.fullmatch(file.name), file) for file in self.root.iterdir())
+        return [(int(match[1]), file) for match, file in found if match]
+
+    def _write_record(self, steps: int, losses: list[float]) -> None:
+        """Write finetune.json: readable, but all losses in one line."""
+        content = json.dumps({**self._record, "steps": steps, "losses": None}, indent=2, ensure_ascii=False)
+        self._record.update(steps=steps, losses=losses)
+        with atomic_file(self.root / RECORD) as file:
+            file.write(content.replace('"losses": null', f'"losses": {json.dumps(losses)}').encode())
+
+    def _read_record(self, options: dict[str, Any], max_train_steps: int, overwrite: bool) -> dict[str, Any]:
+        """Return the earlier finetune.json, empty where there is none, or refuse the folder."""
+        file = self.root / RECORD
+        if not file.exists():
+            foreign = [name for name in CHECKPOINT if (self.root / name).exists()]
+            if foreign:
+                raise InputError(
+                    f"`output_dir`: {self.root / foreign[0]} is not from this program; choose another folder"
+                )
+            return {}
+        try:
+            earlier: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            steps, earlier_options = int(earlier["steps"]), dict(earlier["options"])
+            list(earlier["runs"]), list(earlier["losses"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"`output_dir`: {file} is not from this program; choose another folder") from error
+        if overwrite:
+            return {}
+        differences = describe_differences(earlier_options, options)
+        if differences:
+            raise InputError(
+                f"`output_dir`: {self.root} was made with another {differences}; "
+                "give the same, another folder, or `overwrite`"
+            )
+        if max(steps, self.count_steps()) > max_train_steps:
+            raise InputError(
+                f"`max_train_steps`: {self.root} has {max(steps, self.count_steps())} steps already; "
+                "ask for at least as many, or give another folder"
+            )
+        return earlier
