@@ -6,6 +6,7 @@ accelerate launch --num_processes=2 ckpts/finetune.py --data_dir=photos --meta_c
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from noisecutmix import __version__, cli, script
 from noisecutmix.classes import STABLE_DIFFUSION, vae_scale_factor
 from noisecutmix.errors import InputError, PeerStoppedError, RunError, is_out_of_memory
-from noisecutmix.launch import LONGEST_WAIT, PEER_STOPPED, is_launched, is_main_process, say
+from noisecutmix.launch import PEER_STOPPED, is_launched, is_main_process, say
 from noisecutmix.photos import Photos, check_photos, crop_square, find_photos, open_photo
 from noisecutmix.record import describe_differences, fingerprint_files, fingerprint_model
 from noisecutmix.training_folder import CLASSES, PREVIEW, TrainingFolder
@@ -28,12 +29,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL import Image
 
-    from noisecutmix.training import Settings
-
 PASSES, FEWEST_STEPS = 47, 1000  # Diff-Mix's budget for CUB: 280,000 pictures shown over 5,994
 SMOOTHED_OVER = 50  # steps
 MEASURED_STEPS = 20  # before the time that is left is said
-PREVIEW_CLASSES, PREVIEW_DRAWN, PREVIEW_SIDE, PREVIEW_MARGIN = 16, 2, 160, 8
+PREVIEW_CLASSES, PREVIEW_DRAWN = 16, 2
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
 
 
@@ -198,24 +197,23 @@ def train_and_draw(
     shaping: dict[str, Any],
 ) -> None:
     """Train what is missing, write the checkpoint, draw the preview."""
-    script.silence_libraries() if hasattr(script, "silence_libraries") else silence_libraries()
-    import torch
+    silence_libraries()
     from accelerate.utils import broadcast_object_list
+    from torch import distributed
 
-    from noisecutmix.training import Settings
+    from noisecutmix.training import create_accelerator
 
-    accelerator = create_accelerator(options, device)
+    accelerator = create_accelerator(device, options.dtype)
     try:
-        state: list[Any] = [shaping, folder.steps == steps] if accelerator.is_main_process else [None, None]
-        expected, is_trained = broadcast_object_list(state)
+        is_main = accelerator.is_main_process
+        of_main: list[Any] = [shaping, folder.steps == steps] if is_main else [None, None]
+        expected, is_trained = broadcast_object_list(of_main)
         differences = describe_differences(expected, shaping)
         if differences:
             raise InputError(f"the main process has another {differences}; give all the same command and files")
-        shared = {name: getattr(options, name) for name in Settings.__dataclass_fields__ if name not in ("dtype",)}
-        shared["max_train_steps"] = steps
         if not is_trained:
-            train(Settings(dtype=getattr(torch, options.dtype), **shared), options, photos, accelerator, folder)
-        if accelerator.is_main_process:
+            train(options, photos, accelerator, folder, steps)
+        if is_main:
             accelerator.free_memory()
             draw_preview(options, photos, device, folder)
     except RuntimeError as error:
@@ -226,35 +224,36 @@ def train_and_draw(
                 f"out of memory with --train_batch_size={options.train_batch_size}; halve it and double "
                 "--gradient_accumulation_steps, which trains the same, or give --gradient_checkpointing"
             ) from error
-        if is_launched() and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
+        if is_launched() and ("gloo" in str(error) or isinstance(error, distributed.DistError)):
             raise PeerStoppedError(PEER_STOPPED) from error
         raise
 
 
 def train(
-    settings: "Settings",
-    options: argparse.Namespace,
-    photos: Photos,
-    accelerator: "Accelerator",
-    folder: TrainingFolder,
+    options: argparse.Namespace, photos: Photos, accelerator: "Accelerator", folder: TrainingFolder, steps: int
 ) -> None:
+    """Train from the newest state on, write states on the way, and the checkpoint at the end."""
     from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
-    from noisecutmix.training import Trainer
+    from noisecutmix.training import Settings, Trainer
 
-    is_main, steps = accelerator.is_main_process, settings.max_train_steps
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
+    settings = Settings(**{**values, "max_train_steps": steps})
     trainer = Trainer(settings, photos, accelerator)  # before anything is written: the model may be wrong
-    first, state = 0, {}
+    is_main = accelerator.is_main_process
+    first, state = 0, {}  # type: int, dict[str, Any]
     if is_main:
-        folder.begin(describe_base(options), describe_run(options, accelerator))
+        base = {"model": options.model, "resolution": options.resolution, "meta_class": options.meta_class}
+        folder.begin(base, describe_run(options, accelerator))
         first, state = folder.find_state()
     (first,) = broadcast_object_list([first])
     if first:
-        trainer.load_state(state or folder.read_state(first))
+        state = state or folder.read_state(first)
+        trainer.load_state(state)
         say(f"going on after step {first}")
     losses: list[float] = state.get("losses", [])
-    trainer.encode_photos(folder.posteriors_file)
+    trainer.posteriors.encode(folder.posteriors_file)
 
     start = time.monotonic()
     with tqdm(total=steps, initial=first, unit="step", disable=not is_main, smoothing=0.05) as bar:
@@ -276,32 +275,9 @@ def train(
                 say(f"{steps - done} steps to go, about {timedelta(seconds=round(seconds))} h")
     if is_main:
         trainer.save(folder.root)
+        del trainer  # and with it the map of the encoded pictures, which Windows would not delete
         classes = {"classes": list(photos.class_names), "meta_class": settings.meta_class}
         folder.finish(steps, losses, classes)
-
-
-def create_accelerator(options: argparse.Namespace, device: str) -> "Accelerator":
-    import torch
-    from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
-    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
-
-    if ":" in device:
-        torch.cuda.set_device(device)
-    try:
-        accelerator = Accelerator(
-            cpu=device == "cpu",
-            mixed_precision={"float16": "fp16", "bfloat16": "bf16", "float32": "no"}[options.dtype],
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer accumulates itself
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
-        )
-    except ValueError as error:
-        raise InputError(f"--dtype: {options.dtype} cannot be used on {device}: {error}") from error
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise InputError(f"accelerate is set to {accelerator.distributed_type}; launch plain processes instead")
-    return accelerator
 
 
 def silence_libraries() -> None:
@@ -311,11 +287,6 @@ def silence_libraries() -> None:
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-
-
-def describe_base(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what generation.py and augmentation.py take from finetune.json."""
-    return {"model": options.model, "resolution": options.resolution, "meta_class": options.meta_class}
 
 
 def describe_run(options: argparse.Namespace, accelerator: "Accelerator") -> dict[str, Any]:
@@ -337,6 +308,7 @@ def draw_preview(options: argparse.Namespace, photos: Photos, device: str, folde
     from noisecutmix import NoiseCutMixGenerator
     from noisecutmix.files import write_png
     from noisecutmix.plan import Item
+    from noisecutmix.preview import draw_comparison
 
     side = options.resolution
     generator = NoiseCutMixGenerator(
@@ -348,41 +320,20 @@ def draw_preview(options: argparse.Namespace, photos: Photos, device: str, folde
         dtype=getattr(torch, options.dtype),
         batch_size=options.train_batch_size,
     )
-    shown = range(min(PREVIEW_CLASSES, len(photos.class_names)))
+    names = photos.class_names[:PREVIEW_CLASSES]
     whole = (0, 0, side, side)
     items = [
         Item(number, number // PREVIEW_DRAWN, 0, whole, 1.0, options.seed + number, side)
-        for number in range(PREVIEW_DRAWN * len(shown))
+        for number in range(PREVIEW_DRAWN * len(names))
     ]
-    drawn = []
+    drawn: list[Image.Image] = []
     for start in range(0, len(items), options.train_batch_size):
         drawn += generator.draw(items[start : start + options.train_batch_size])
     rows = []
-    for label in shown:
+    for label, name in enumerate(names):
         real = crop_square(open_photo(photos.files[photos.labels.index(label)]), side)
-        own = drawn[PREVIEW_DRAWN * label : PREVIEW_DRAWN * (label + 1)]
-        rows.append(draw_row(photos.class_names[label], [real, *own]))
-    width, height = rows[0].size
-    columns = 2 if len(rows) > 4 else 1
-    grid = rows[0].resize((width * columns, height * -(-len(rows) // columns)))
-    grid.paste("white", (0, 0, *grid.size))
-    for number, row in enumerate(rows):
-        grid.paste(row, (number % columns * width, number // columns * height))
-    write_png(folder.root / PREVIEW, grid)
-
-
-def draw_row(name: str, images: "list[Image.Image]") -> "Image.Image":
-    """Return pictures side by side under "NAME: real, then drawn"."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    step, top = PREVIEW_SIDE + PREVIEW_MARGIN, 30
-    row = Image.new("RGB", (step * len(images) + 3 * PREVIEW_MARGIN, step + top), "white")
-    ImageDraw.Draw(row).text((PREVIEW_MARGIN, 6), f"{name}: real, then drawn", "black", ImageFont.load_default(18))
-    for number, image in enumerate(images):
-        row.paste(
-            image.resize((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BICUBIC), (PREVIEW_MARGIN + step * number, top)
-        )
-    return row
+        rows.append((name, [real, *drawn[PREVIEW_DRAWN * label : PREVIEW_DRAWN * (label + 1)]]))
+    write_png(folder.root / PREVIEW, draw_comparison(rows))
 
 
 @contextlib.contextmanager

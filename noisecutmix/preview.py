@@ -53,3 +53,23 @@ def _write(grid: Image.Image, text: str, position: tuple[int, int], color: tuple
     while size > 10 and ImageFont.load_default(size).getlength(text) > SIDE:
         size -= 1
     ImageDraw.Draw(grid).text(position, text, fill=color, font=ImageFont.load_default(size))
+
+
+def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Return each class's real picture and drawn ones side by side under its name, in two columns where there are many.
+
+    Args:
+        rows: (class name, pictures, the real one first), as many pictures in each.
+    """
+    side, top = SIDE // 2, 30
+    columns = 2 if len(rows) > 4 else 1
+    step = side + MARGIN
+    width, height = step * len(rows[0][1]) + MARGIN, step + top
+    grid = Image.new("RGB", (width * columns, height * -(-len(rows) // columns)), "white")
+    for number, (name, images) in enumerate(rows):
+        row = Image.new("RGB", (width, height), "white")  # a picture of its own, so that a long name is cut off
+        ImageDraw.Draw(row).text((MARGIN, 4), f"{name}: real, then drawn", "black", ImageFont.load_default(18))
+        for place, image in enumerate(images):
+            row.paste(image.resize((side, side), Image.Resampling.BICUBIC), (MARGIN + step * place, top))
+        grid.paste(row, (number % columns * width, number // columns * height))
+    return grid

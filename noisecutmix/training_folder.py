@@ -1,4 +1,4 @@
-"""The folder that training writes: how it was made, its states, and the finished checkpoint. Imports no torch before it must."""
+"""The folder that training writes: how it is made, its states, the checkpoint. Imports no torch before it must."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ TEMPORARY = re.compile(rf"\.({WRITTEN.pattern})\.[0-9a-f]{{32}}\.tmp")
 class TrainingFolder:
     """A checkpoint's folder while it is made and afterwards.
 
-    `finetune.json` tells how it is made and how many steps the checkpoint in it has. States are single files, so each is
+    `finetune.json` tells how it is made and how many steps the checkpoint in it has. A state is a single file, so it is
     whole or not there.
 
     Args:
@@ -130,8 +130,7 @@ class TrainingFolder:
             file.write(json.dumps(classes, indent=2, ensure_ascii=False).encode())
         (self.root / PREVIEW).unlink(missing_ok=True)
         self._write_record(steps, losses)
-        with contextlib.suppress(OSError):  # Windows keeps it as long as it is mapped: the next run deletes it
-            self.posteriors_file.unlink(missing_ok=True)
+        self.posteriors_file.unlink(missing_ok=True)
 
     def has_preview(self) -> bool:
         return (self.root / PREVIEW).is_file()
