@@ -1,0 +1,894 @@
+"""ckpts/finetune.py: a folder of pictures in, a Diff-Mix checkpoint out, the same whether or not it was cut off."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from conftest import CLASS_NAMES, DIGITS, RANK, ROOT, TINY_WIDTH, as_command_line, load_module, offline_environment
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from test_bad_input import files_below, run_without_torch
+
+from noisecutmix.checkpoint import load_pipeline
+from noisecutmix.errors import InputError, RunError
+from noisecutmix.photos import crop_square, find_photos, open_photo
+from noisecutmix.posteriors import Posteriors, plan_showing
+from noisecutmix.training import Settings, Trainer, create_accelerator
+from noisecutmix.training_folder import TrainingFolder
+
+SCRIPT = "ckpts/finetune.py"
+LORA, EMBEDDINGS = "pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"
+SORTED_NAMES = sorted(CLASS_NAMES)
+STEPS = 12
+ROUNDING_UNDER_ADAM = 5e-4  # it divides by the gradient's size: rounding of a gradient near zero moves a weight visibly
+SETTINGS = {
+    "meta_class": "bird",
+    "resolution": 16,
+    "random_crop": False,
+    "random_flip": True,
+    "rank": RANK,
+    "max_train_steps": STEPS,
+    "train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "token_learning_rate": 1e-3,
+    "lr_scheduler": "constant",
+    "gradient_checkpointing": False,
+    "dtype": "float32",
+    "seed": 0,
+}
+
+
+def write_photos(folder, class_names=CLASS_NAMES, count=3):
+    rng = np.random.default_rng(0)
+    for name in class_names:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 255, (20 + number, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Nine pictures of three classes."""
+    return write_photos(tmp_path_factory.mktemp("photos") / "birds")
+
+
+@pytest.fixture(scope="session")
+def flags(photos, tiny_model):
+    """The flags that fine-tune the tiny model in no time."""
+    return [
+        f"--data_dir={photos}",
+        f"--model={tiny_model}",
+        "--meta_class=bird",
+        "--resolution=16",
+        f"--max_train_steps={STEPS}",
+        "--train_batch_size=4",
+        "--checkpointing_steps=4",
+        "--learning_rate=1e-3",
+        "--token_learning_rate=1e-3",
+        "--random_flip",
+        "--device=cpu",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps one state a process; a script has a process of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def finetune(folder, *arguments):
+    with as_command_line(SCRIPT, *arguments, "--output_dir=out", folder=folder) as main:
+        main()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def weights_of(folder):
+    """Return {name: tensor} of a checkpoint, LoRA and embeddings."""
+    embeddings = torch.load(folder / EMBEDDINGS, weights_only=True)["learned_embeds_dict"]
+    return {**load_file(folder / LORA), **embeddings}
+
+
+def difference(folder, other):
+    ours, theirs = weights_of(folder), weights_of(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, flags):
+    """Twelve steps in one go."""
+    folder = tmp_path_factory.mktemp("trained")
+    finetune(folder, *flags)
+    return folder / "out"
+
+
+def copy_of(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "out")
+
+
+def create_trainer(tiny_model, photos, **changes):
+    settings = Settings(model=str(tiny_model), **{**SETTINGS, **changes})
+    return Trainer(settings, find_photos(photos), create_accelerator("cpu", settings.dtype))
+
+
+# ---------------------------------------------------------------------------------------------- the pictures
+
+
+def test_labels_are_those_of_image_folder(tmp_path):
+    """Sorted names decide the label; pictures lie at any depth; what is no picture is said."""
+    write_photos(tmp_path, ["b", "B", "a 10", "a 2"], count=1)
+    (tmp_path / "b" / "deep" / "deeper").mkdir(parents=True)
+    shutil.copy(tmp_path / "b" / "0.png", tmp_path / "b" / "deep" / "deeper" / "z.PNG")
+    (tmp_path / "b" / "notes.txt").write_text("no picture")
+    (tmp_path / "b" / ".hidden.png").write_text("no picture")
+    (tmp_path / "a 2" / "1.heic").write_text("no picture that is read")
+    (tmp_path / "list.csv").write_text("beside the classes")
+    found = find_photos(tmp_path)
+    assert found.class_names == ("B", "a 10", "a 2", "b")
+    assert [file.relative_to(tmp_path).as_posix() for file in found.files] == [
+        "B/0.png",
+        "a 10/0.png",
+        "a 2/0.png",
+        "b/0.png",
+        "b/deep/deeper/z.PNG",
+    ]
+    assert found.labels == (0, 1, 2, 3, 3)
+    (note,) = found.notes
+    assert note.startswith("2 files") and "1 .heic" in note and "1 .txt" in note
+
+
+def test_examples_per_class_are_drawn_by_the_seed(tmp_path):
+    write_photos(tmp_path, ["a", "b"], count=9)
+    chosen = {seed: find_photos(tmp_path, 4, seed) for seed in range(3)}
+    for found in chosen.values():
+        assert found.labels == (0,) * 4 + (1,) * 4
+        assert found.notes == ()
+    assert chosen[0].files == find_photos(tmp_path, 4, 0).files
+    assert len({found.files for found in chosen.values()}) == 3
+    more = find_photos(tmp_path, 5, 0)
+    assert set(chosen[0].files) < set(more.files)
+    assert "2 classes have fewer than 10 pictures" in find_photos(tmp_path, 10, 0).notes[0]
+
+
+def two_halves(mode="L", left=200, right=50):
+    image = Image.new(mode, (8, 4), left)
+    image.paste(right, (4, 0, 8, 4))
+    return image
+
+
+def with_alpha():
+    """Red on the left, wholly transparent on the right."""
+    image = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (4, 0, 8, 4))
+    return image
+
+
+GREY, RED_ON_WHITE = ((200,) * 3, (50,) * 3), ((255, 0, 0), (255,) * 3)
+SIXTEEN_BITS = np.asarray(two_halves()).astype(np.uint16) * 257
+# file name: (picture, how it is saved, its left and right colour as RGB)
+FORMATS = {
+    "grey.png": (two_halves(), {}, GREY),
+    "grey.jpg": (two_halves().resize((64, 32)), {"quality": 100}, GREY),
+    "grey.webp": (two_halves().convert("RGB"), {"lossless": True}, GREY),
+    "colour.bmp": (two_halves().convert("RGB"), {}, GREY),
+    "one_bit.png": (two_halves(left=255, right=0).convert("1"), {}, ((255,) * 3, (0,) * 3)),
+    "one_bit.tif": (two_halves(left=255, right=0).convert("1"), {}, ((255,) * 3, (0,) * 3)),
+    "sixteen.png": (Image.fromarray(SIXTEEN_BITS), {}, GREY),
+    "sixteen.tiff": (Image.fromarray(SIXTEEN_BITS), {}, GREY),
+    "sixteen_white_zero.tif": (Image.fromarray(65535 - SIXTEEN_BITS), {"tiffinfo": {262: 0}}, GREY),
+    "palette.png": (two_halves().convert("RGB").quantize(4), {}, GREY),
+    "palette.bmp": (two_halves().convert("RGB").quantize(4), {}, GREY),
+    "palette_alpha.png": (with_alpha().quantize(4), {}, RED_ON_WHITE),
+    "alpha.png": (with_alpha(), {}, RED_ON_WHITE),
+    "alpha.webp": (with_alpha(), {"lossless": True}, RED_ON_WHITE),
+    "alpha.tif": (with_alpha(), {}, RED_ON_WHITE),
+    "grey_alpha.png": (with_alpha().convert("LA"), {}, ((76,) * 3, (255,) * 3)),
+    "grey_key.png": (two_halves(), {"transparency": 50}, ((200,) * 3, (255,) * 3)),
+    "colour_key.png": (two_halves().convert("RGB"), {"transparency": (50,) * 3}, ((200,) * 3, (255,) * 3)),
+    "cmyk.jpg": (two_halves().convert("RGB").convert("CMYK").resize((64, 32)), {"quality": 100}, GREY),
+    "cmyk.tif": (two_halves().convert("RGB").convert("CMYK"), {}, GREY),
+    "luma.tif": (two_halves().convert("RGB").convert("YCbCr"), {}, GREY),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_and_mode_is_made_rgb(tmp_path, name):
+    image, how, (left, right) = FORMATS[name]
+    image.save(tmp_path / name, **how)
+    opened = open_photo(tmp_path / name)
+    assert opened.mode == "RGB" and opened.size == image.size
+    for x, expected in ((0, left), (opened.width - 1, right)):
+        assert np.abs(np.subtract(opened.getpixel((x, 0)), expected)).max() <= 2
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(tmp_path, suffix, orientation):
+    """Four colours, one a corner, tell all eight orientations of EXIF apart."""
+    upright = Image.new("L", (32, 16))
+    for place, grey in (((0, 0), 20), ((16, 0), 90), ((0, 8), 160), ((16, 8), 230)):
+        upright.paste(grey, (*place, place[0] + 16, place[1] + 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = undo(upright.convert("RGB"), orientation)
+    stored.save(tmp_path / f"picture.{suffix}", exif=exif, **({"quality": 100} if suffix in ("jpg", "webp") else {}))
+    opened = open_photo(tmp_path / f"picture.{suffix}")
+    assert opened.size == upright.size
+    assert np.abs(np.asarray(opened.convert("L")).astype(int) - np.asarray(upright)).mean() < 3
+
+
+def undo(image, orientation):
+    """Return the picture as a camera stores it, so that the orientation turns it upright."""
+    turns = Image.Transpose
+    steps = {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_90,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_270,
+    }
+    return image.transpose(steps[orientation]) if orientation in steps else image
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_without_a_known_white_are_refused(tmp_path, mode):
+    two_halves(mode).save(tmp_path / "deep.tif")
+    with pytest.raises(InputError, match=r"deep\.tif cannot be read: .* save it with 8 or 16 bits"):
+        open_photo(tmp_path / "deep.tif")
+
+
+def test_the_shorter_side_is_scaled_and_the_longer_one_cut():
+    image = Image.new("RGB", (60, 20), "blue")
+    image.paste("red", (20, 0, 40, 20))
+    for turned in (image, image.rotate(90, expand=True)):
+        for position, colour in ((0.0, (0, 0, 255)), (0.5, (255, 0, 0)), (1.0, (0, 0, 255))):
+            cut = crop_square(turned, 10, position)
+            assert cut.size == (10, 10)
+            assert cut.getpixel((5, 5)) == colour  # near the border it is scaled with what lies beyond
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def rename(folder, name, new_name):
+    (folder / name).rename(folder / new_name)
+
+
+def keep_one_class(folder):
+    for name in CLASS_NAMES[1:]:
+        shutil.rmtree(folder / name)
+
+
+def empty_a_class(folder):
+    for file in (folder / CLASS_NAMES[1]).iterdir():
+        file.unlink()
+
+
+BAD_PICTURES = {
+    "truncated picture": (
+        lambda folder: truncate(folder / CLASS_NAMES[2] / "1.png"),
+        r"grey heron.1\.png cannot be read",
+    ),
+    "text called a picture": (
+        lambda folder: (folder / CLASS_NAMES[0] / "0.jpg").write_text("no picture"),
+        r"red kite.0\.jpg cannot be read",
+    ),
+    "empty file": (
+        lambda folder: (folder / CLASS_NAMES[0] / "0.jpg").write_text(""),
+        r"red kite.0\.jpg cannot be read",
+    ),
+    "two damaged pictures": (
+        lambda folder: [truncate(folder / CLASS_NAMES[2] / f"{number}.png") for number in (0, 1)],
+        r"grey heron.0\.png cannot be read.*\(so are 1 more\)",
+    ),
+    "class without pictures": (empty_a_class, "blue jay holds no picture"),
+    "one class": (keep_one_class, "birds holds 1 class folders, at least two are needed"),
+    "no classes": (lambda folder: [shutil.rmtree(folder / name) for name in CLASS_NAMES], "holds 0 class folders"),
+    "two names alike": (
+        lambda folder: shutil.copytree(folder / CLASS_NAMES[0], folder / "red_kite"),
+        "red kite and .*red_kite count as the same class name",
+    ),
+    "hidden folder": (lambda folder: (folder / ".cache").mkdir(), r"\.cache' is no name of a class"),
+    "blank name": (lambda folder: rename(folder, CLASS_NAMES[0], "__"), "__' is no name of a class"),
+    "no folder": (shutil.rmtree, "birds is not there"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PICTURES)
+def test_bad_pictures_are_refused_in_one_line(tmp_path, photos, tiny_model, case):
+    damage, message = BAD_PICTURES[case]
+    damage(shutil.copytree(photos, tmp_path / "birds"))
+    done = start_without_torch(tmp_path, "--data_dir=birds", f"--model={tiny_model}")
+    refused(done, r"(--|`)data_dir`?: .*" + message)
+
+
+BAD_FLAGS = {
+    "no data_dir": (["--meta_class=bird"], "--data_dir"),
+    "blank meta_class": (["--meta_class= "], "--meta_class: is blank"),
+    "output within the pictures": (["--output_dir=birds/out"], "--output_dir: birds/out lies in --data_dir"),
+    "output is a file": (["--output_dir=a_file"], "--output_dir: .*is a file"),
+    "resolution": (["--resolution=17"], "--resolution: has to be a multiple of 2, not 17"),
+    "rank": (["--rank=0"], "--rank: has to be a whole number above 0"),
+    "steps": (["--max_train_steps=0"], "--max_train_steps: "),
+    "batch": (["--train_batch_size=-1"], "--train_batch_size: "),
+    "accumulation": (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps: "),
+    "examples": (["--examples_per_class=0"], "--examples_per_class: "),
+    "states": (["--checkpointing_steps=0"], "--checkpointing_steps: "),
+    "rate": (["--learning_rate=nan"], "--learning_rate: has to be a number above 0"),
+    "token rate": (["--token_learning_rate=-1"], "--token_learning_rate: "),
+    "schedule": (["--lr_scheduler=warm"], "--lr_scheduler: invalid choice"),
+    "dtype": (["--dtype=float8"], "--dtype: invalid choice"),
+    "float16 on the CPU": (["--dtype=float16"], "--dtype: float16 needs cuda"),
+    "model": (["--model=./nowhere"], "--model: ./nowhere is no folder"),
+    "seed": (["--seed=-1"], "--seed: "),
+    "unknown flag": (["--epochs=3"], "--epochs=3: no such flag"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags_are_refused_in_one_line(tmp_path, photos, tiny_model, case):
+    arguments, message = BAD_FLAGS[case]
+    shutil.copytree(photos, tmp_path / "birds")
+    (tmp_path / "a_file").write_text("here")
+    known = [] if case == "no data_dir" else ["--data_dir=birds", f"--model={tiny_model}"]
+    refused(start_without_torch(tmp_path, *known, *arguments), message)
+
+
+def start_without_torch(folder, *arguments):
+    """Run the script in a folder; where it refuses, nothing there may change."""
+    before = files_below(folder)
+    known = ["--meta_class=bird", "--output_dir=out", "--device=cpu", "--resolution=16"]
+    done = run_without_torch(folder, SCRIPT, *known, *arguments)
+    if done.returncode:
+        assert files_below(folder) == before
+    return done
+
+
+def refused(done, message):
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if not re.match(r"\d+ classes|\d+ files", line)]
+    assert re.match("finetune.py: error: ", line) and re.search(message, line), line
+    assert done.stdout == ""
+
+
+def test_a_foreign_checkpoint_is_not_overwritten(tmp_path, flags, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "out")
+    before = [file for file in files_below(tmp_path) if file[0].is_file()]
+    for more in ((), ("--overwrite",)):
+        with pytest.raises(InputError, match=r"pytorch_lora_weights\.safetensors is not from this program"):
+            finetune(tmp_path, *flags, *more)
+    assert [file for file in files_below(tmp_path) if file[0].is_file()] == before
+
+
+def test_a_model_that_does_not_fit_leaves_nothing(tmp_path, flags, tiny_model):
+    broken = shutil.copytree(tiny_model, tmp_path / "base")
+    (broken / "unet" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="model"):
+        finetune(tmp_path, *flags, f"--model={broken}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_damaged_after_the_check_is_named(tmp_path, flags, photos, monkeypatch):
+    copy = shutil.copytree(photos, tmp_path / "birds")
+    read, damaged = Posteriors._read, copy / CLASS_NAMES[1] / "2.png"
+
+    def damage_first(self, view):
+        if len(damaged.read_bytes()) > 100:
+            damaged.write_bytes(damaged.read_bytes()[:100])
+        return read(self, view)
+
+    monkeypatch.setattr(Posteriors, "_read", damage_first)
+    for more in ((), ("--random_crop", "--overwrite")):
+        shutil.copy(photos / CLASS_NAMES[1] / "2.png", damaged)
+        with pytest.raises(
+            RunError, match=r"blue jay.2\.png cannot be read: .*could be read when this run began.*of 12"
+        ):
+            finetune(tmp_path, *flags, f"--data_dir={copy}", *more)
+    assert not (tmp_path / "out" / LORA).exists()
+
+
+# ---------------------------------------------------------------------------------------------- what is trained
+
+
+def test_only_the_lora_and_the_new_rows_are_trained(tiny_model, photos):
+    before = torch.random.get_rng_state()
+    trainer = create_trainer(tiny_model, photos)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    model = trainer._model
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * len(trainer.lora) + 1
+    assert all(".lora_" in name or name.endswith(".rows") for name in trained)
+    layers = {f"unet.{name}" for name, _ in model.unet.named_modules() if re.search(r"\.to_(q|k|v|out\.0)$", name)}
+    assert {f"unet.{name}" for name in trainer.lora} == layers
+    downs = torch.cat([down.flatten() for down, _ in trainer.lora.values()])
+    assert downs.std().item() == pytest.approx(1 / RANK, rel=0.05)
+    assert not any(up.any() for _, up in trainer.lora.values())
+    trainer.posteriors.encode(photos.parent / "only.bin")
+    trainer.step(0)
+    moments = trainer.state()["optimizer"]["state"].values()
+    assert sum(moment["exp_avg"].numel() for moment in moments) == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+
+
+def test_a_row_starts_as_the_mean_of_its_names_tokens(tiny_model, photos):
+    trainer = create_trainer(tiny_model, photos)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    table = pipe.text_encoder.get_input_embeddings().weight
+    for name, row in zip(SORTED_NAMES, trainer.rows):
+        ids = pipe.tokenizer(name, add_special_tokens=False).input_ids
+        assert torch.allclose(row, table[ids].mean(0))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_step_is_that_of_a_plain_loop(tiny_model, photos, tmp_path, prediction_type):
+    """Diff-Mix's order: the VAE in the step, the whole table trained, its old rows put back. The losses are the same."""
+    model = shutil.copytree(tiny_model, tmp_path / "base")
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    (model / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**config, "prediction_type": prediction_type})
+    )
+    trainer = create_trainer(model, photos, learning_rate=1e-2, lr_scheduler="linear")
+    trainer.posteriors.encode(tmp_path / "pictures.bin")
+
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe.unet.requires_grad_(False)
+    tokens = [f"<class_{label}>" for label in range(3)]
+    pipe.tokenizer.add_tokens(tokens)
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    table = pipe.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        table[-3:] = trainer.rows
+    old_rows = table[:-3].detach().clone()
+    halves = {name: [half.detach().clone().requires_grad_() for half in pair] for name, pair in trainer.lora.items()}
+    optimizer = torch.optim.AdamW(
+        [{"params": [half for pair in halves.values() for half in pair], "lr": 1e-2}, {"params": [table], "lr": 1e-3}]
+    )
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    found = find_photos(photos)
+    for step in range(2):
+        for group, rate in zip(optimizer.param_groups, (1e-2, 1e-3)):
+            group["lr"] = rate * (1 - step / STEPS)
+        showings = [plan_showing(0, 4 * step + i, 9, 1000, (4, 8, 8), True) for i in range(4)]
+        images = [crop_square(open_photo(found.files[showing.index]), 16) for showing in showings]
+        images = [ImageOps.mirror(image) if s.is_flipped else image for image, s in zip(images, showings)]
+        pixels = torch.stack([torch.tensor(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
+        captions = [f"a photo of a <class_{found.labels[showing.index]}> bird" for showing in showings]
+        ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            posterior = pipe.vae.encode(pixels).latent_dist
+            latents = posterior.mean + posterior.std * torch.stack([s.posterior_noise for s in showings])
+            latents *= pipe.vae.config.scaling_factor
+        noise = torch.stack([showing.noise for showing in showings])
+        timesteps = torch.tensor([showing.timestep for showing in showings])
+        target = noise if prediction_type == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        changed = {
+            f"{name}.weight": pipe.unet.get_submodule(name).weight + up @ down for name, (down, up) in halves.items()
+        }
+        inputs = (noisy, timesteps, pipe.text_encoder(ids)[0])
+        loss = F.mse_loss(torch.func.functional_call(pipe.unet, changed, inputs).sample, target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            table[:-3] = old_rows
+        assert trainer.step(step) == pytest.approx(loss.item(), rel=1e-5)
+    for name, pair in halves.items():
+        for half, expected in zip(trainer.lora[name], pair):
+            assert (half - expected).abs().mean() < 1e-5 < half.std()
+    assert (trainer.rows - table[-3:]).abs().mean() < 1e-6
+
+
+def test_every_pass_shows_every_picture_once():
+    passes = [[plan_showing(7, 10 * turn + i, 10, 1000, (1,), True) for i in range(10)] for turn in range(20)]
+    for showings in passes:
+        assert sorted(showing.index for showing in showings) == list(range(10))
+    everything = [showing for showings in passes for showing in showings]
+    assert len({tuple(showing.index for showing in showings) for showings in passes}) == 20
+    assert 0.35 < np.mean([showing.is_flipped for showing in everything]) < 0.65
+    assert np.mean([showing.timestep for showing in everything]) == pytest.approx(500, abs=70)
+    assert len({showing.noise.item() for showing in everything}) == 200
+
+
+def test_mirror_images_are_encoded_as_such(tiny_model, photos, tmp_path):
+    trainer = create_trainer(tiny_model, photos)
+    trainer.posteriors.encode(tmp_path / "pictures.bin")
+    vae = StableDiffusionPipeline.from_pretrained(tiny_model).vae
+    image = ImageOps.mirror(crop_square(open_photo(find_photos(photos).files[5]), 16))
+    pixels = torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    assert torch.allclose(trainer.posteriors._encoded[5, 1, 0], posterior.mean[0], atol=1e-5)
+    assert torch.allclose(trainer.posteriors._encoded[5, 1, 1], posterior.std[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more", [["--gradient_accumulation_steps=2", "--train_batch_size=2"], ["--gradient_checkpointing"]]
+)
+def test_memory_can_be_saved_without_changing_what_is_trained(tmp_path, flags, trained, more):
+    finetune(tmp_path, *flags, *more)
+    assert difference(tmp_path / "out", trained) < ROUNDING_UNDER_ADAM
+
+
+@pytest.mark.parametrize("more", [["--dtype=bfloat16"], ["--random_crop"], ["--seed=1"], ["--lr_scheduler=cosine"]])
+def test_options_change_what_is_trained(tmp_path, flags, trained, more):
+    finetune(tmp_path, *flags, *more)
+    assert ROUNDING_UNDER_ADAM < difference(tmp_path / "out", trained) < 1
+    assert all(tensor.dtype == torch.float32 for tensor in weights_of(tmp_path / "out").values())
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def read_plainly(folder):
+    """Return {layer: up @ down} of a LoRA in Diff-Mix's keys, as the method's first implementation reads them."""
+    tensors = load_file(folder / LORA)
+    layers = {}
+    for key, down in tensors.items():
+        match = re.fullmatch(r"(.*\.attn[12])\.processor\.(to_q|to_k|to_v|to_out)_lora\.down\.weight", key)
+        if match:
+            layer = "to_out.0" if match[2] == "to_out" else match[2]
+            layers[f"{match[1]}.{layer}"] = tensors[key.replace(".down.", ".up.")] @ down
+    assert 2 * len(layers) == len(tensors)
+    return layers
+
+
+def test_the_checkpoint_is_whole_and_means_what_was_trained(trained, tiny_model, photos):
+    """Read plainly, by load_pipeline, and as the last state has it: the same."""
+    state = torch.load(trained / f"state_{STEPS:08d}.pt", weights_only=True)
+    layers = read_plainly(trained)
+    assert layers.keys() == state["lora"].keys()
+    base = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipe = load_pipeline(str(tiny_model), trained, device="cpu")
+    for name, weight in base.unet.state_dict().items():
+        change = layers.get(name.removesuffix(".weight"))
+        expected = weight if change is None else weight + change
+        assert torch.allclose(pipe.unet.state_dict()[name], expected, atol=1e-6), name
+    for name, change in layers.items():
+        down, up = state["lora"][name]
+        assert change.any() and torch.equal(change, up @ down)
+    content = torch.load(trained / EMBEDDINGS, weights_only=True)
+    tokens = [f"<class_{label}>" for label in range(3)]
+    assert content["name2placeholder"] == dict(zip(SORTED_NAMES, tokens))
+    assert content["placeholder2name"] == dict(zip(tokens, SORTED_NAMES))
+    assert torch.equal(torch.stack([content["learned_embeds_dict"][token] for token in tokens]), state["rows"])
+    assert (trained / EMBEDDINGS).stat().st_size < 20_000  # each row alone, not its whole table
+
+
+def test_the_folder_tells_how_it_was_made(trained, tiny_model):
+    assert {file.name for file in trained.iterdir() if not file.name.startswith(".")} == {
+        LORA,
+        EMBEDDINGS,
+        "classes.json",
+        "finetune.json",
+        "preview.png",
+        "state_00000008.pt",
+        "state_00000012.pt",
+    }
+    assert json.loads((trained / "classes.json").read_text()) == {"classes": SORTED_NAMES, "meta_class": "bird"}
+    record = json.loads((trained / "finetune.json").read_text())
+    assert (record["model"], record["resolution"], record["steps"]) == (str(tiny_model), 16, STEPS)
+    assert len(record["losses"]) == STEPS and all(0 < loss < 10 for loss in record["losses"])
+    assert {"torch", "diffusers", "peft"} <= record["runs"][0]["versions"].keys()
+    assert record["options"]["class_names"] == SORTED_NAMES
+
+
+def test_the_preview_shows_each_class_three_times(trained, photos):
+    preview = Image.open(trained / "preview.png").convert("RGB")
+    found = find_photos(photos)
+    assert preview.width > 3 * 128 and preview.height > 3 * 128
+    for label in range(3):
+        real = crop_square(open_photo(found.files[3 * label]), 16).resize((128, 128), Image.Resampling.BICUBIC)
+        assert contains(preview, real)
+
+
+def contains(picture, part):
+    picture, part = np.asarray(picture), np.asarray(part)
+    corners = np.argwhere((picture[: -part.shape[0], : -part.shape[1]] == part[0, 0]).all(-1))
+    return any(np.array_equal(picture[y : y + len(part), x : x + part.shape[1]], part) for y, x in corners)
+
+
+@pytest.mark.parametrize(("script", "count"), [("generation.py", "--num_gen=2"), ("augmentation.py", "--num_aug=2")])
+def test_the_scripts_draw_with_it(trained, tiny_model, tmp_path, script, count):
+    arguments = [
+        f"--data_name={trained / 'classes.json'}",
+        f"--ckpt_path={trained}",
+        f"--model={tiny_model}",
+        "--resolution=16",
+        "--num_inference_steps=2",
+        "--device=cpu",
+        count,
+    ]
+    with as_command_line(script, *arguments, folder=tmp_path) as main:
+        main()
+    assert len(list((tmp_path / "outputs").rglob("gen_*.png"))) == 2
+
+
+# ---------------------------------------------------------------------------------------------- going on
+
+
+def stop_at(monkeypatch, *stops, error=KeyboardInterrupt):
+    """Let the trainer stop before these steps, once each."""
+    step, left = Trainer.step, list(stops)
+
+    def stopping_step(self, number):
+        if left and number == left[0]:
+            del left[0]
+            raise error
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", stopping_step)
+
+
+def test_a_run_that_is_cut_off_ends_as_an_uninterrupted_one(tmp_path, flags, trained, monkeypatch, capsys):
+    stop_at(monkeypatch, 2, 7, 9)
+    for kept in (0, 4, 8):
+        with pytest.raises(
+            KeyboardInterrupt, match=f"stopped: the state of step {kept} of 12 is kept; the same command"
+        ):
+            finetune(tmp_path, *flags)
+        assert not (tmp_path / "out" / LORA).exists()
+    finetune(tmp_path, *flags)
+    assert "going on after step 8" in capsys.readouterr().err
+    assert difference(tmp_path / "out", trained) < 1e-6
+    ours, theirs = (json.loads((folder / "finetune.json").read_text()) for folder in (tmp_path / "out", trained))
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    assert ours["options"] == theirs["options"]
+    assert np.array_equal(*(np.asarray(Image.open(folder / "preview.png")) for folder in (tmp_path / "out", trained)))
+
+
+def test_a_finished_folder_trains_nothing(tmp_path, flags, trained):
+    """Without torch, even."""
+    out = copy_of(trained, tmp_path)
+    before = files_below(out)
+    done = run_without_torch(tmp_path, SCRIPT, *flags, "--output_dir=out")
+    assert done.returncode == 0, done.stderr
+    assert "out is complete: 12 steps" in done.stdout
+    assert files_below(out) == before
+
+
+def test_more_steps_go_on(tmp_path, flags, trained):
+    finetune(tmp_path, *flags, "--max_train_steps=6")
+    finetune(tmp_path, *flags)
+    assert difference(tmp_path / "out", trained) < 1e-6
+    assert json.loads((tmp_path / "out" / "finetune.json").read_text())["steps"] == STEPS
+
+
+def test_a_falling_rate_is_not_taken_to_more_steps(tmp_path, flags):
+    finetune(tmp_path, *flags, "--lr_scheduler=cosine", "--max_train_steps=2")
+    with pytest.raises(InputError, match=r"another max_train_steps \(2 there, 3 now\)"):
+        finetune(tmp_path, *flags, "--lr_scheduler=cosine", "--max_train_steps=3")
+
+
+OTHER_OPTIONS = {
+    "rank": ["--rank=4"],
+    "resolution": ["--resolution=32"],
+    "seed": ["--seed=5"],
+    "learning_rate": ["--learning_rate=2e-3"],
+    "token_learning_rate": ["--token_learning_rate=2e-3"],
+    "effective_batch": ["--train_batch_size=5"],
+    "lr_scheduler": ["--lr_scheduler=linear"],
+    "random_crop": ["--random_crop"],
+    "dtype": ["--dtype=bfloat16"],
+    "meta_class": ["--meta_class=animal"],
+    "examples_per_class": ["--examples_per_class=2"],
+}
+
+
+@pytest.mark.parametrize("option", OTHER_OPTIONS)
+def test_other_options_are_refused_by_name(tmp_path, flags, trained, option):
+    out = copy_of(trained, tmp_path)
+    before = files_below(out)
+    with pytest.raises(InputError, match=rf"out was made with another .*{option}"):
+        finetune(tmp_path, *flags, *OTHER_OPTIONS[option])
+    assert files_below(out) == before
+
+
+def test_other_pictures_and_another_model_are_refused(tmp_path, flags, trained, photos, tiny_model):
+    copy_of(trained, tmp_path)
+    more = shutil.copytree(photos, tmp_path / "more")
+    shutil.copy(more / CLASS_NAMES[0] / "0.png", more / CLASS_NAMES[0] / "9.png")
+    other = shutil.copytree(photos, tmp_path / "other")
+    Image.new("RGB", (20, 20)).save(other / CLASS_NAMES[0] / "0.png")
+    renamed = shutil.copytree(photos, tmp_path / "renamed")
+    rename(renamed, CLASS_NAMES[0], "kite")
+    changed = shutil.copytree(tiny_model, tmp_path / "changed")
+    config = changed / "unet" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    for flag, message in (
+        (f"--data_dir={more}", r"another num_pictures \(9 there, 10 now\), pictures"),
+        (f"--data_dir={other}", "another pictures"),
+        (f"--data_dir={renamed}", "another class_names"),
+        (f"--model={changed}", "another model"),
+        ("--max_train_steps=11", "max_train_steps`?: out has 12 steps already"),
+    ):
+        with pytest.raises(InputError, match=message):
+            finetune(tmp_path, *flags, flag)
+
+
+def test_overwrite_starts_anew_and_leaves_what_is_not_ours(tmp_path, flags, trained):
+    out = copy_of(trained, tmp_path)
+    (out / "notes.txt").write_text("mine")
+    finetune(tmp_path, *flags, "--rank=4", "--max_train_steps=3", "--overwrite")
+    assert {file.name for file in out.glob("state_*")} == {"state_00000003.pt"}
+    assert (out / "notes.txt").read_text() == "mine"
+    assert len(next(iter(load_file(out / LORA).values()))) in (4, 16, 32)
+    assert json.loads((out / "finetune.json").read_text())["steps"] == 3
+
+
+def test_a_damaged_state_falls_back_on_the_one_before(tmp_path, flags, trained, monkeypatch, capsys):
+    stop_at(monkeypatch, 11)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path, *flags)
+    truncate(tmp_path / "out" / "state_00000008.pt")
+    finetune(tmp_path, *flags)
+    told = capsys.readouterr().err
+    assert "state_00000008.pt is damaged and not used" in told and "going on after step 4" in told
+    assert difference(tmp_path / "out", trained) < 1e-6
+
+
+def test_a_state_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, flags, trained, monkeypatch):
+    save, states = torch.save, []
+
+    def fail_at_the_second(content, file, *more):
+        states.append(content)
+        if len(states) == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(content, file, *more)
+
+    monkeypatch.setattr(torch, "save", fail_at_the_second)
+    with pytest.raises(RunError, match="No space left on device; the state of step 4 of 12 is kept; the same command"):
+        finetune(tmp_path, *flags)
+    assert [file.name for file in (tmp_path / "out").glob("*state*")] == ["state_00000004.pt"]
+    assert not list((tmp_path / "out").glob(".*tmp"))
+    finetune(tmp_path, *flags)
+    assert difference(tmp_path / "out", trained) < 1e-6
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, flags):
+    with pytest.raises(RunError, match=r"the loss of step \d+ is not finite; .*the state of step \d+ of 50 is kept"):
+        finetune(tmp_path, *flags, "--learning_rate=1e20", "--checkpointing_steps=1", "--max_train_steps=50")
+    for file in (tmp_path / "out").glob("state_*.pt"):
+        assert np.isfinite(torch.load(file, weights_only=True)["losses"]).all()
+    assert not (tmp_path / "out" / LORA).exists()
+
+
+def test_running_out_of_memory_says_what_helps(tmp_path, flags, monkeypatch):
+    stop_at(monkeypatch, 5, error=torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RunError, match=r"out of memory with --train_batch_size=4; .*the state of step 4 of 12 is kept"):
+        finetune(tmp_path, *flags)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, flags):
+    folder = TrainingFolder(tmp_path / "out")
+    folder.take({}, 1, overwrite=False)
+    with pytest.raises(InputError, match="another run is writing into out"):
+        finetune(tmp_path, *flags)
+    folder.close()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_budget_is_that_of_diff_mix_and_is_said(photos, tmp_path, capsys):
+    module = load_module(ROOT / SCRIPT)
+    arguments = [f"--data_dir={photos}", "--meta_class=bird", f"--output_dir={tmp_path}", f"--model={DIGITS / 'base'}"]
+    options = module.parse([*arguments, "--gradient_accumulation_steps=2"])
+    assert module.plan_steps(options, find_photos(photos)) == 1000
+    told = capsys.readouterr().err
+    assert "3 classes, 9 pictures; 1000 steps of 16 pictures (8 in a batch x 2 accumulated x 1 processes)" in told
+    many = find_photos(photos).__class__(photos, ("a", "b"), (photos,) * 5994, (0,) * 5994, ())
+    assert module.plan_steps(module.parse(arguments), many) == -(-47 * 5994 // 8)
+
+
+# ---------------------------------------------------------------------------------------------- processes and signals
+
+
+def start(folder, *arguments, launcher=(), **environment):
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / SCRIPT), *arguments, "--output_dir=out"],
+        cwd=folder,
+        env=offline_environment(**environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill(process):
+    for running in (*psutil.Process(process.pid).children(recursive=True), process):
+        running.kill()
+
+
+def wait_for_state(folder, step, process):
+    end = time.monotonic() + 300
+    while not any(int(file.stem.rpartition("_")[2]) >= step for file in folder.glob("out/state_*.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"no state of step {step}"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_five_times_at_random(tmp_path, flags):
+    flags = [*flags, "--max_train_steps=60", "--checkpointing_steps=1"]
+    (tmp_path / "whole").mkdir()
+    finetune(tmp_path / "whole", *flags)
+    rng = random.Random(0)
+    for turn in range(5):
+        process = start(tmp_path, *flags)
+        try:
+            wait_for_state(tmp_path, 10 * turn + 1, process)
+            time.sleep(rng.uniform(0, 0.2))
+        finally:
+            kill(process)
+            process.communicate()
+    finetune(tmp_path, *flags)
+    assert difference(tmp_path / "out", tmp_path / "whole" / "out") < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGTERM")
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_stop_in_one_line(tmp_path, flags, sent, status):
+    process = start(tmp_path, *flags, "--max_train_steps=5000")
+    try:
+        wait_for_state(tmp_path, 4, process)
+        process.send_signal(sent)
+        _, told = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            kill(process)
+    assert process.returncode == status
+    assert re.search(r"stopped: the state of step \d+ of 5000 is kept; the same command goes on", told)
+    assert "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path, flags, trained):
+    """Half the batch each, so each sees what the other does not."""
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    )
+    process = start(tmp_path, *flags, "--train_batch_size=2", launcher=launcher, OMP_NUM_THREADS="1")
+    try:
+        _, told = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            kill(process)
+    assert process.returncode == 0, told
+    assert "12 steps of 4 pictures (2 in a batch x 1 accumulated x 2 processes)" in told
+    assert difference(tmp_path / "out", trained) < ROUNDING_UNDER_ADAM
+
+
+@pytest.mark.slow
+def test_mirrored_digits_are_learned(tmp_path, run_script):
+    """README's three commands: pictures that the base model does not know, and a judge that knows none of them."""
+    train = load_module(DIGITS / "train.py")
+    assert TINY_WIDTH and train  # filled in below once the recipe is settled
