@@ -45,65 +45,44 @@ def create_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("pictures")
     data.add_argument("--data_dir", type=cli.folder, required=True, metavar="DIR", help="holds one folder a class")
     data.add_argument("--meta_class", type=cli.not_empty, required=True, metavar="WORD", help="what all are: bird")
+    data.add_argument("--examples_per_class", type=cli.positive_int, metavar="N", help="drawn at random (default: all)")
     data.add_argument(
-        "--examples_per_class", type=cli.positive_int, metavar="N", help="drawn by the seed (default: all)"
+        "--resolution", type=cli.side, default=512, metavar="PIXELS", help="side of the square trained on"
     )
+    data.add_argument("--random_flip", action="store_true", help="show mirror images half of the time")
     data.add_argument(
-        "--resolution", type=cli.side, default=512, metavar="PIXELS", help="the shorter side is scaled to it, then cut"
-    )
-    data.add_argument("--random_flip", action="store_true", help="show each picture's mirror image half of the time")
-    data.add_argument(
-        "--random_crop",
-        action="store_true",
-        help="cut at a random place, not in the middle; each step then encodes its pictures anew, which is slower",
+        "--random_crop", action="store_true", help="cut anywhere, not in the middle: encodes in every step, slower"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", type=cli.folder, required=True, metavar="DIR", help="folder of the checkpoint")
     output.add_argument("--overwrite", action="store_true", help="delete what an earlier run wrote there, start anew")
     output.add_argument("--checkpointing_steps", type=cli.positive_int, default=500, metavar="N", help="between states")
+
     training = parser.add_argument_group("training")
-    training.add_argument(
-        "--model",
-        type=cli.not_empty,
-        default=STABLE_DIFFUSION,
-        metavar="MODEL",
-        help="hub id or local diffusers folder",
-    )
-    training.add_argument("--rank", type=cli.positive_int, default=10, metavar="R", help="of the LoRA")
-    training.add_argument(
-        "--max_train_steps",
-        type=cli.positive_int,
-        metavar="N",
-        help=f"(default: {PASSES} passes over the pictures, at least {FEWEST_STEPS} steps)",
-    )
-    training.add_argument("--train_batch_size", type=cli.positive_int, default=8, metavar="N", help="in each process")
-    training.add_argument(
-        "--gradient_accumulation_steps", type=cli.positive_int, default=1, metavar="N", help="batches a step"
-    )
-    training.add_argument("--learning_rate", type=cli.positive_float, default=5e-5, metavar="LR", help="of the LoRA")
-    training.add_argument(
-        "--token_learning_rate", type=cli.positive_float, default=5e-5, metavar="LR", help="of the classes' tokens"
-    )
-    training.add_argument(
-        "--lr_scheduler",
-        choices=("constant", "linear", "cosine"),
-        default="constant",
-        help="the last two fall to zero; only a constant rate lets a finished run go on to more steps",
-    )
-    training.add_argument("--seed", type=cli.seed, default=0, metavar="S", help="decides all that is drawn")
+    add = training.add_argument
+    add("--model", type=cli.not_empty, default=STABLE_DIFFUSION, metavar="MODEL", help="hub id or local folder")
+    add("--rank", type=cli.positive_int, default=10, metavar="R", help="of the LoRA")
+    budget = f"(default: {PASSES} passes over the pictures, at least {FEWEST_STEPS} steps)"
+    add("--max_train_steps", type=cli.positive_int, metavar="N", help=budget)
+    add("--train_batch_size", type=cli.positive_int, default=8, metavar="N", help="pictures in a batch")
+    add("--gradient_accumulation_steps", type=cli.positive_int, default=1, metavar="N", help="batches in a step")
+    add("--learning_rate", type=cli.positive_float, default=5e-5, metavar="LR", help="of the LoRA")
+    add("--token_learning_rate", type=cli.positive_float, default=5e-5, metavar="LR", help="of the classes' tokens")
+    falling = "how the rates fall to zero; only a constant one lets a finished run go on to more steps"
+    add("--lr_scheduler", choices=("constant", "linear", "cosine"), default="constant", help=falling)
+    add("--seed", type=cli.seed, default=0, metavar="S", help="decides all that is drawn")
+
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
+    add = machine.add_argument
+    add(
         "--device",
         type=cli.device_name,
         metavar="DEVICE",
         help="cuda, cuda:N, mps or cpu (default: the first there is)",
     )
-    machine.add_argument(
-        "--dtype",
-        choices=("float16", "bfloat16", "float32"),
-        help="of the frozen weights (default: float16 on cuda, else float32); what is trained is float32",
-    )
-    machine.add_argument("--gradient_checkpointing", action="store_true", help="less memory, and slower")
+    frozen = "of the frozen weights (default: float16 on cuda, else float32); what is trained is float32"
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help=frozen)
+    add("--gradient_checkpointing", action="store_true", help="less memory, and slower")
     return parser
 
 
@@ -131,22 +110,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     photos = find_photos(options.data_dir, options.examples_per_class, options.seed)
-    if is_main_process():
-        check_photos(photos)
-    device = script.choose_device(options.device)
-    options.dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
-    if options.dtype == "float16" and not device.startswith("cuda"):
-        raise InputError(f"--dtype: float16 needs cuda; use --dtype=bfloat16 or float32 on {device}")
+    if not is_launched():
+        check_photos(photos)  # before torch is imported
+    options.device = script.choose_device(options.device)
+    options.dtype = options.dtype or ("float16" if options.device.startswith("cuda") else "float32")
+    if options.dtype == "float16" and not options.device.startswith("cuda"):
+        raise InputError(f"--dtype: float16 needs cuda; use --dtype=bfloat16 or float32 on {options.device}")
     steps = plan_steps(options, photos)
 
     folder = TrainingFolder(options.output_dir)
     try:
         with naming_progress(folder, steps, options.overwrite):
+            # in a launch first of all, so that the others learn when the main process refuses
+            accelerator = start_accelerate(options) if is_launched() else None
+            if is_launched() and is_main_process():
+                check_photos(photos)
             shaping = options_that_shape_the_training(options, photos, steps)
             if is_main_process():
                 folder.take(shaping, steps, options.overwrite)
-            if is_launched() or not (folder.steps == steps and folder.has_preview()):
-                train_and_draw(options, photos, device, steps, folder, shaping)
+            if accelerator or not (folder.steps == steps and folder.has_preview()):
+                train_and_draw(options, photos, steps, folder, shaping, accelerator or start_accelerate(options))
     finally:
         folder.close()
     if is_main_process():
@@ -188,22 +171,31 @@ def options_that_shape_the_training(options: argparse.Namespace, photos: Photos,
     return shaping
 
 
+def start_accelerate(options: argparse.Namespace) -> "Accelerator":
+    """Join the processes of the launch, without the libraries' chatter."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    from noisecutmix.training import create_accelerator
+
+    return create_accelerator(options.device, options.dtype)
+
+
 def train_and_draw(
     options: argparse.Namespace,
     photos: Photos,
-    device: str,
     steps: int,
     folder: TrainingFolder,
     shaping: dict[str, Any],
+    accelerator: "Accelerator",
 ) -> None:
     """Train what is missing, write the checkpoint, draw the preview."""
-    silence_libraries()
     from accelerate.utils import broadcast_object_list
     from torch import distributed
 
-    from noisecutmix.training import create_accelerator
-
-    accelerator = create_accelerator(device, options.dtype)
     try:
         is_main = accelerator.is_main_process
         of_main: list[Any] = [shaping, folder.steps == steps] if is_main else [None, None]
@@ -215,7 +207,7 @@ def train_and_draw(
             train(options, photos, accelerator, folder, steps)
         if is_main:
             accelerator.free_memory()
-            draw_preview(options, photos, device, folder)
+            draw_preview(options, photos, folder)
     except RuntimeError as error:
         if isinstance(error, RunError):
             raise
@@ -280,15 +272,6 @@ def train(
         folder.finish(steps, losses, classes)
 
 
-def silence_libraries() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
 def describe_run(options: argparse.Namespace, accelerator: "Accelerator") -> dict[str, Any]:
     """Return what is worth knowing of a run beside what shapes the training; `command` goes on with it."""
     return {
@@ -301,7 +284,7 @@ def describe_run(options: argparse.Namespace, accelerator: "Accelerator") -> dic
     }
 
 
-def draw_preview(options: argparse.Namespace, photos: Photos, device: str, folder: TrainingFolder) -> None:
+def draw_preview(options: argparse.Namespace, photos: Photos, folder: TrainingFolder) -> None:
     """Write preview.png: of up to 16 classes a real picture and two drawn ones, by the checkpoint as it was written."""
     import torch
 
@@ -312,7 +295,7 @@ def draw_preview(options: argparse.Namespace, photos: Photos, device: str, folde
 
     side = options.resolution
     generator = NoiseCutMixGenerator(
-        device=device,
+        device=options.device,
         data_name=str(folder.root / CLASSES),
         ckpt_path=folder.root,
         model=options.model,

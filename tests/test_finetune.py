@@ -444,7 +444,7 @@ def test_a_row_starts_as_the_mean_of_its_names_tokens(tiny_model, photos):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_step_is_that_of_a_plain_loop(tiny_model, photos, tmp_path, prediction_type):
-    """Diff-Mix's order: the VAE in the step, the whole table trained, its old rows put back. The losses are the same."""
+    """Diff-Mix's order: the VAE in the step, the whole table trained, its old rows put back. The losses agree."""
     model = shutil.copytree(tiny_model, tmp_path / "base")
     config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     (model / "scheduler" / "scheduler_config.json").write_text(
@@ -818,6 +818,12 @@ def start(folder, *arguments, launcher=(), **environment):
     )
 
 
+TWO_PROCESSES = (
+    *("-m", "torch.distributed.run", "--nproc_per_node=2"),
+    *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+)
+
+
 def kill(process):
     for running in (*psutil.Process(process.pid).children(recursive=True), process):
         running.kill()
@@ -869,22 +875,30 @@ def test_signals_stop_in_one_line(tmp_path, flags, sent, status):
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path, flags, trained):
     """Half the batch each, so each sees what the other does not."""
-    launcher = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-    )
-    process = start(tmp_path, *flags, "--train_batch_size=2", launcher=launcher, OMP_NUM_THREADS="1")
+    process = start(tmp_path, *flags, "--train_batch_size=2", launcher=TWO_PROCESSES, OMP_NUM_THREADS="1")
     try:
         _, told = process.communicate(timeout=300)
     finally:
         if process.poll() is None:
             kill(process)
     assert process.returncode == 0, told
+    assert "Traceback" not in told
     assert "12 steps of 4 pictures (2 in a batch x 1 accumulated x 2 processes)" in told
     assert difference(tmp_path / "out", trained) < ROUNDING_UNDER_ADAM
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_in_one_line(tmp_path, flags, photos):
+    truncate(shutil.copytree(photos, tmp_path / "birds") / CLASS_NAMES[1] / "0.png")
+    process = start(tmp_path, *flags, "--data_dir=birds", launcher=TWO_PROCESSES, OMP_NUM_THREADS="1")
+    try:
+        _, told = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            kill(process)
+    lines = [line for line in told.splitlines() if "finetune.py: error: " in line]
+    assert len(lines) == 1 and "0.png cannot be read" in lines[0], told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
