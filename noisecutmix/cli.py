@@ -53,6 +53,9 @@ def create_augmentation_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--overwrite", action="store_true", help="delete what an earlier run wrote there and start anew"
     )
+    output.add_argument(
+        "--verify", action="store_true", help="compare every pixel and label that is there, which takes long"
+    )
     _add_shared_arguments(parser)
     return parser
 

@@ -1,5 +1,7 @@
 """Planned items in, pictures out."""
 
+import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -216,3 +218,44 @@ class NoiseCutMixGenerator:
                 with torch.no_grad():
                     self._embeds[prompt] = self.pipe.encode_prompt(prompt, self.pipe.device, 1, False)[0]
         return torch.cat([self._embeds[prompt] for prompt in prompts])
+
+
+def create_generator(options: argparse.Namespace, device: str, plan: Plan) -> NoiseCutMixGenerator:
+    """Load what the options ask for, without the libraries' chatter; compile it where asked."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        generator = NoiseCutMixGenerator(
+            device=device,
+            data_name=options.data_name,
+            ckpt_path=options.ckpt_path,
+            guidance_scale=options.guidance_scale,
+            num_inference_steps=options.num_inference_steps,
+            alpha=options.alpha,
+            model=options.model,
+            resolution=options.resolution,
+            dtype=getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32")),
+            prompt=options.prompt,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            guidance_interval=tuple(options.guidance_interval),
+        )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error
+    if options.compile:
+        start = time.perf_counter()
+        try:
+            generator.compile()
+        except RunError:
+            raise
+        except Exception as error:  # a missing compiler, for one: torch's errors differ by backend and version
+            reason = str(error).partition("\n\n")[0]
+            raise RunError(f"--compile: {type(error).__name__}: {reason}; try without it") from error
+        say(f"compiled in {time.perf_counter() - start:.0f} s")
+    return generator

@@ -1,11 +1,22 @@
-"""What a data set is drawn with: to tell whether a run may go on in a folder, or draw beside another process."""
+"""What run.json records of a data set's runs, and how two records are compared."""
 
+import argparse
 import hashlib
+import json
+import sys
+import uuid
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+from .classes import EMBEDDINGS_FILE, LORA_FILE
 from .errors import InputError, first_line
+from .files import atomic_file
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
 SAMPLED_BYTES = 2**20
 LONGEST_TOLD = 120
@@ -46,6 +57,96 @@ def fingerprint_model(model: str) -> str:
             f"--model: {model} is no local folder and cannot be had from the hub ({first_line(error)}); "
             "download it once (README) or give a local diffusers folder"
         ) from error
+
+
+@dataclass
+class Record:
+    """The content of run.json.
+
+    Args:
+        num_aug: the number of items that the folder is planned for.
+        options: all that shapes the data, as JSON values; every run in a folder has the same.
+        runs: what else is worth knowing of each run: its command, machine and versions.
+        is_cleared: False while the items of an overwritten data set may still lie in the folder.
+        identity: of the latest run. No other run's process may write into the folder.
+    """
+
+    num_aug: int
+    options: dict[str, Any]
+    runs: list[dict[str, Any]]
+    is_cleared: bool = True
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def read(cls, file: Path) -> "Record | None":
+        """Return what a file records, None where there is no file.
+
+        Raises:
+            InputError: the file cannot be read, or is not one of this program's.
+        """
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            num_aug, options, runs = content["num_aug"], content["options"], content["runs"]
+            if not (type(num_aug) is int and num_aug > 0 and isinstance(options, dict) and isinstance(runs, list)):
+                raise ValueError
+            if not runs or not all(isinstance(word, str) for run in runs for word in run["command"]):
+                raise ValueError
+            return cls(num_aug, options, runs, content.get("is_cleared", True), content.get("identity", ""))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}; make it readable") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"`output_dir`: {file} is not from this program; choose another folder") from error
+
+    def write(self, file: Path) -> None:
+        with atomic_file(file) as content:
+            content.write(json.dumps(asdict(self), indent=2, ensure_ascii=False).encode())
+
+
+def describe_shape(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Return all options that shape the data, as JSON values: a run may go on only where they are the same."""
+    return {
+        "seed": options.seed,
+        "alpha": options.alpha,
+        "guidance_scale": options.guidance_scale,
+        "guidance_interval": list(options.guidance_interval),
+        "num_inference_steps": options.num_inference_steps,
+        "resolution": options.resolution,
+        "dtype": options.dtype or ("float16" if device.startswith("cuda") else "float32"),
+        "prompt": options.prompt,
+        "meta_class": options.classes.meta_class,
+        "class_names": list(options.classes.names),
+        "model": fingerprint_model(options.model),
+        "checkpoint": fingerprint_files(
+            options.ckpt_path, (options.ckpt_path / name for name in (LORA_FILE, EMBEDDINGS_FILE))
+        ),
+    }
+
+
+def check_same_as_main(own: dict[str, Any], main: dict[str, Any]) -> None:
+    """Refuse to draw other pictures than the main process of the launch, on a machine with other files, say.
+
+    Raises:
+        InputError: an option differs.
+    """
+    differences = describe_differences(main, own)
+    if differences:
+        raise InputError(f"the main process has another {differences}; give all the same command and files")
+
+
+def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Return what is worth knowing of a run beside what shapes the data; `command` goes on with it."""
+    return {
+        "command": ["python", *(argument for argument in sys.argv if argument != "--overwrite")],
+        "data_name": options.data_name,
+        "model": options.model,
+        "ckpt_path": str(options.ckpt_path),
+        "batch_size": options.batch_size,
+        "device": device,
+        "compile": options.compile,
+        "versions": {"noisecutmix": __version__, **{name: version(name) for name in LIBRARIES}},
+    }
 
 
 def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
