@@ -19,21 +19,21 @@ from typing import Any
 from .errors import InputError, PeerStoppedError, RunError, first_line
 
 LONGEST_START = 60  # seconds until all processes of a launch have met
-LONGEST_SILENCE = 40  # seconds without a sign of life, after which a process counts as gone
+LONGEST_SILENCE = 30  # seconds without a sign of life, after which a process counts as gone
 HEARTBEAT = 1.0  # seconds between two signs of life
 MAIN_PROCESS_ENDED = "process 0 of this launch, the main one, has ended"
 MAIN_PROCESS_SILENT = "process 0 of this launch, the main one, does not answer"
 
 
-def read_rank(name: str = "RANK") -> int:
-    """Return this process's number in the launch, or on its machine ("LOCAL_RANK"); 0 where there is none."""
+def read_number(name: str) -> int:
+    """Return a number that a launcher gives its processes, RANK, LOCAL_RANK or WORLD_SIZE; 0 where there is none."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else 0
 
 
 def say(message: str) -> None:
     """Print one line on standard error, above a bar that may be there, from the main process of a launch alone."""
-    if read_rank() == 0:
+    if read_number("RANK") == 0:
         from tqdm import tqdm
 
         tqdm.write(message, file=sys.stderr)
@@ -60,8 +60,8 @@ def choose_device(requested: str | None) -> str:
         raise InputError("`device`: mps is not there; try `device=cpu`")
     elif requested.startswith("cuda") and int(requested.partition(":")[2] or 0) >= count:
         raise InputError(f"`device`: {requested} is not there, CUDA devices seen: {count}; try `device=cpu`")
-    if requested == "cuda" and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        return f"cuda:{read_rank('LOCAL_RANK') % count}"
+    if requested == "cuda" and read_number("WORLD_SIZE") > 1:
+        return f"cuda:{read_number('LOCAL_RANK') % count}"
     return requested
 
 
@@ -79,10 +79,11 @@ class Launch:
 
     def __init__(self) -> None:
         self.count = _read_count()
-        self.rank = read_rank()
+        self.rank = read_number("RANK")
         self._stop_reason = ""
         self._num_messages = 0
         self._left = threading.Event()
+        self._last_answer = float("inf")
 
     @property
     def is_main(self) -> bool:
@@ -91,7 +92,6 @@ class Launch:
     def __enter__(self) -> "Launch":
         if self.count > 1:
             self._talker = ThreadPoolExecutor(1)  # what waits for the network does not wait in the main thread
-            self._last_answer = time.monotonic()
             try:
                 self._store = self._wait_for(self._talker.submit(_connect, self.is_main), LONGEST_START + 5)
                 self._gather_by("start", "here", LONGEST_START)
@@ -201,7 +201,7 @@ class Launch:
 
     def _watch(self) -> None:
         """Show that this process lives; stop the main thread once another process stops or falls silent."""
-        started = time.monotonic()
+        self._last_answer = started = time.monotonic()
         peers = range(1, self.count) if self.is_main else (0,)
         seen = dict.fromkeys(peers, (b"", started))
         try:

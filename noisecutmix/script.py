@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from .errors import InputError, PeerStoppedError, RunError
-from .launch import read_rank, say
+from .launch import read_number, say
 
 LONGEST_ENDING = 10  # seconds; a later signal ends a process that is still busy with ending
 
@@ -89,7 +89,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)  # Python's own ending is not to be interrupted
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if read_number("WORLD_SIZE") > 1:
         os._exit(status)  # a thread that waits for the network would hold up the others' end
     sys.exit(status)
 
@@ -141,7 +141,7 @@ def with_flags(message: str) -> str:
 
 def _report(error: BaseException) -> int:
     """Print one line that says why the script ends, and return the exit status."""
-    is_first_on_machine = read_rank("LOCAL_RANK") == 0
+    is_first_on_machine = read_number("LOCAL_RANK") == 0
     if isinstance(error, PeerStoppedError):
         if is_first_on_machine:
             _print_error(str(error))
@@ -164,5 +164,5 @@ def _report(error: BaseException) -> int:
 
 
 def _print_error(message: str) -> None:
-    rank = f"process {read_rank()}: " if read_rank() else ""
+    rank = f"process {read_number('RANK')}: " if read_number("RANK") else ""
     print(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(with_flags(message).split())}", file=sys.stderr)
