@@ -69,7 +69,7 @@ def test_damage_is_mended_and_nothing_else_touched(whole, tmp_path, tiny_argumen
     before = {path: path.stat().st_mtime_ns for folder in ("image", "mask") for path in (out / folder).iterdir()}
 
     run_to_the_end(tmp_path, tiny_arguments, 20, "--verify")
-    compare(out, whole)
+    assert files_of(out) == files_of(whole)
     written = {
         path.relative_to(out).as_posix()
         for folder in ("image", "mask")
@@ -147,7 +147,7 @@ def test_extension_equals_all_at_once(whole, tmp_path, tiny_arguments):
     run_to_the_end(tmp_path, tiny_arguments, 50)
     (tmp_path / "at_once").mkdir()
     run_to_the_end(tmp_path / "at_once", tiny_arguments, 50)
-    compare(out, tmp_path / "at_once" / "out")
+    assert files_of(out) == files_of(tmp_path / "at_once" / "out")
 
 
 def test_names_sort_in_row_order_when_they_grow_longer(tmp_path):
@@ -405,7 +405,7 @@ def test_ten_kills_change_nothing(start, tmp_path):
         process.kill()
         process.communicate()
     run_to_the_end(tmp_path, arguments[:-2], 200)
-    compare(tmp_path / "out", tmp_path / "whole" / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole" / "out")
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
