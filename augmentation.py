@@ -38,7 +38,9 @@ def main() -> None:
             is_complete = processes.is_main and not options.overwrite and folder.is_complete()
             if not processes.broadcast(is_complete):
                 # before anything is written: model and checkpoint may be wrong
-                generator = script.create_generator(options, processes.own_device(device))
+                from noisecutmix.generator import create_generator
+
+                generator = create_generator(options, processes.own_device(device), plan)
                 if processes.is_main:
                     folder.begin(script.describe_run(options, device))
                 missing = processes.broadcast(folder.find_missing() if processes.is_main else None)

@@ -17,9 +17,12 @@ def main() -> None:
     from tqdm import tqdm
 
     from noisecutmix.files import write_png
+    from noisecutmix.generator import create_generator
+    from noisecutmix.plan import Plan
     from noisecutmix.preview import MOST_PICTURES, draw_preview
 
-    generator = script.create_generator(options, device)
+    plan = Plan(options.seed, len(options.classes.names), options.alpha, options.resolution)
+    generator = create_generator(options, device, plan)
     script.make_output_dir(options.output_dir)
     items = [generator.plan.item(i, options.target_class, options.aug_class) for i in range(options.num_gen)]
     digits = max(4, len(str(options.num_gen - 1)))

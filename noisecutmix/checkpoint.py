@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .classes import normalise
+from .classes import find_repeated, normalise
 from .errors import InputError, first_line, is_out_of_memory
 from .quiet import quiet_libraries
-from .record import ADAPTER_FILE, find_checkpoint_files, find_model
+from .sources import ADAPTER_FILE, find_checkpoint_files, find_model
 
 with quiet_libraries():  # transformers warns of packages that are not needed here
     from diffusers import DPMSolverMultistepScheduler
@@ -122,7 +122,7 @@ def _read_embeddings(file: Path) -> tuple[Tensors, dict[str, str]]:
     for name, placeholder in name2placeholder.items():
         if not isinstance(name, str) or not isinstance(placeholder, str) or placeholder not in embeddings:
             raise _refusal(file, f" has no embedding {placeholder!r} for class {name!r}")
-    if len({normalise(name) for name in name2placeholder}) < len(name2placeholder):
+    if find_repeated(name2placeholder):
         raise _refusal(file, ": two class names differ in spaces, '/' and '_' alone")
     if len(set(name2placeholder.values())) < len(name2placeholder):
         raise _refusal(file, ": two classes share a token")
@@ -182,7 +182,7 @@ def _read_lora(file: Path, settings_file: Path) -> tuple[Tensors, dict[str, Any]
     return tensors, settings
 
 
-def _fuse_lora(unet: torch.nn.Module, tensors: Tensors, settings: dict[str, Any] | None, file: Path) -> None:
+def _fuse_lora(unet: Any, tensors: Tensors, settings: dict[str, Any] | None, file: Path) -> None:
     """Add the LoRA to the UNet's weights: each tensor of the file must have a place there, and fill it."""
     _check_lora(tensors, settings, file)
     lora, alphas = _name_as_in_peft(unet, tensors)
@@ -240,7 +240,7 @@ def _check_lora(tensors: Tensors, settings: dict[str, Any] | None, file: Path) -
             raise _refusal(file, f": {name} is not finite")
 
 
-def _name_as_in_peft(unet: torch.nn.Module, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
+def _name_as_in_peft(unet: Any, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
     """Return the LoRA's halves in float32, named as peft names them in the UNet, and the layers' alphas."""
     kohya = {f"lora_unet_{name.replace('.', '_')}": name for name, _ in unet.named_modules()}
     lora, alphas = {}, {}

@@ -6,20 +6,17 @@ import ctypes
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .classes import EMBEDDINGS_FILE, LORA_FILE
-from .errors import InputError, PeerStoppedError, RunError, is_out_of_memory
+from .errors import InputError, PeerStoppedError, RunError
 from .launch import is_launched, is_main_process, say
 
 if TYPE_CHECKING:
     from .folder import OutputFolder
-    from .generator import NoiseCutMixGenerator
 
 
 class Terminated(KeyboardInterrupt):
@@ -172,7 +169,7 @@ def make_output_dir(path: Path) -> None:
 
 def options_that_shape_the_data(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Return what a data set depends on, as JSON values: a run may go on only where all of it is the same."""
-    from .record import fingerprint_files, fingerprint_model
+    from .record import fingerprint_checkpoint, fingerprint_model
 
     return {
         "seed": options.seed,
@@ -185,10 +182,8 @@ def options_that_shape_the_data(options: argparse.Namespace, device: str) -> dic
         "prompt": options.prompt,
         "meta_class": options.classes.meta_class,
         "class_names": list(options.classes.names),
-        "model": fingerprint_model(options.model),
-        "checkpoint": fingerprint_files(
-            options.ckpt_path, (options.ckpt_path / name for name in (LORA_FILE, EMBEDDINGS_FILE))
-        ),
+        "model": fingerprint_model(options.model, prefers_half=_dtype_name(options, device) == "float16"),
+        "checkpoint": fingerprint_checkpoint(options.ckpt_path),
     }
 
 
@@ -216,50 +211,6 @@ def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "device": device,
         "compile": options.compile,
     }
-
-
-def create_generator(options: argparse.Namespace, device: str) -> "NoiseCutMixGenerator":
-    """Load what the options ask for, without the libraries' chatter; compile it where asked."""
-    import torch
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    from .generator import NoiseCutMixGenerator  # its imports chatter too
-
-    try:
-        generator = NoiseCutMixGenerator(
-            device=device,
-            data_name=options.data_name,
-            ckpt_path=options.ckpt_path,
-            guidance_scale=options.guidance_scale,
-            num_inference_steps=options.num_inference_steps,
-            alpha=options.alpha,
-            model=options.model,
-            resolution=options.resolution,
-            dtype=getattr(torch, _dtype_name(options, device)),
-            prompt=options.prompt,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            guidance_interval=tuple(options.guidance_interval),
-        )
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error
-    if options.compile:
-        start = time.perf_counter()
-        try:
-            generator.compile()
-        except RunError:
-            raise
-        except Exception as error:  # a missing compiler, for one: torch's errors differ by backend and version
-            reason = str(error).partition("\n\n")[0]
-            raise RunError(f"--compile: {type(error).__name__}: {reason}; try without it") from error
-        say(f"compiled in {time.perf_counter() - start:.0f} s")
-    return generator
 
 
 def _dtype_name(options: argparse.Namespace, device: str) -> str:
