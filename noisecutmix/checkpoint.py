@@ -57,8 +57,9 @@ def load_pipeline(
     if dtype not in DTYPES.values():
         raise InputError(f"`dtype`: has to be {', '.join(DTYPES)} or None, not {dtype!r}")
     lora_file, embeddings_file, settings_file = find_checkpoint_files(Path(ckpt_path))
-    embeddings, name2placeholder = _read_embeddings(embeddings_file)
-    lora, settings = _read_lora(lora_file, settings_file)
+    with quiet_libraries():
+        embeddings, name2placeholder = _read_embeddings(embeddings_file)
+        lora, settings = _read_lora(lora_file, settings_file)
     folder, variant, _ = find_model(str(model), prefers_half=dtype == torch.float16)
 
     # torch and peft fill new weights with random numbers, from the global generator
@@ -188,15 +189,13 @@ def _fuse_lora(unet: Any, tensors: Tensors, settings: dict[str, Any] | None, fil
     lora, alphas = _name_as_in_peft(unet, tensors)
     if not lora:
         raise _refusal(file, " holds no LoRA tensor")
-    ranks = {}
-    for place, up in lora.items():
-        layer, is_up, _ = place.partition(".lora_B.weight")
-        down = lora.get(f"{layer}.lora_A.weight")
-        if is_up and down is not None:
-            ranks[layer] = len(down)
-            if up.ndim < 2 or up.shape[1] != len(down):
-                raise _refusal(file, f": {layer} has a down of rank {len(down)}, which does not fit its other half")
-    lost = [name for name in alphas if name not in ranks]
+    ranks: dict[str, int] = {}
+    for place, half in lora.items():
+        layer, _, side = place.partition(".lora_")
+        if side in ("A.weight", "B.weight") and half.ndim > 1:  # down (rank, in, …) and up (out, rank, …)
+            rank = half.shape[0 if side == "A.weight" else 1]
+            if ranks.setdefault(layer, rank) != rank:
+                raise _refusal(file, f": {place} has rank {rank}, which does not fit its other half")
     if settings is None:
         settings = {  # "^" so that a layer's name is not taken for the end of another's
             "rank_pattern": {f"^{layer}": rank for layer, rank in ranks.items()},
@@ -211,7 +210,7 @@ def _fuse_lora(unet: Any, tensors: Tensors, settings: dict[str, Any] | None, fil
             raise
         reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
         raise _refusal(file, f" does not fit the UNet; a LoRA of another base model? ({reason})") from error
-    lost += [place for place in lora if place not in placed]
+    lost = sorted((alphas.keys() - ranks.keys()) | (lora.keys() - placed.keys()))
     if lost:
         raise _refusal(file, f": nothing in the UNet takes {lost[0]}; a LoRA of another base model?")
     if not len(tensors) - len(alphas) == len(lora) == len(placed) or not all(

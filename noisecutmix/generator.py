@@ -22,7 +22,6 @@ from .plan import Item, Plan
 from .quiet import quiet_libraries
 
 Labels = Sequence[int] | np.ndarray | torch.Tensor
-NO_COMPILER = ("no working c++ compiler", "compiler: cl is not found", "failed to find c compiler")
 
 
 class NoiseCutMixGenerator:
@@ -44,10 +43,7 @@ class NoiseCutMixGenerator:
         batch_size: pictures drawn at once; halved when the device runs out of memory.
         plan: the items to draw; it stands in place of `seed`, `alpha` and `resolution`.
 
-    Attributes:
-        class_names, meta_class, num_classes: the data set's.
-        pipe: the NoiseCutMixPipeline.
-        plan: the Plan that items come from.
+    Attributes: `class_names`, `meta_class` and `num_classes` of the data set, `pipe`, and the `plan` of the items.
 
     Raises:
         InputError: the data set, the model, the checkpoint, the prompt, the device or the dtype is wrong.
@@ -118,10 +114,9 @@ class NoiseCutMixGenerator:
             raise ValueError(f"`num_inference_steps`: has to be 1 to {num_timesteps - 1}, not {num_inference_steps}")
         placeholders = find_placeholders(self.class_names, self.pipe.name2placeholder)
         self._prompts = [prompt.format(name=name, meta_class=self.meta_class) for name in placeholders]
-        limit = self.pipe.tokenizer.model_max_length
         with quiet_libraries():
             longest = max(len(ids) for ids in self.pipe.tokenizer(self._prompts).input_ids)
-        if longest > limit:
+        if longest > (limit := self.pipe.tokenizer.model_max_length):
             raise InputError(
                 f"`prompt`: {{name}} or the text after it lies beyond the {limit} tokens that the model reads, and "
                 f"would be cut; shorten the template by {longest - limit}"
@@ -182,7 +177,7 @@ class NoiseCutMixGenerator:
             RunError: out of memory at batch size 1, or a picture that is not finite.
         """
         if len({item.resolution for item in items}) > 1:
-            raise ValueError("`items`: have to be of one resolution; draw each resolution in a call of its own")
+            raise ValueError("`items`: have to be of one resolution; use one call for each resolution")
         images: list[Image.Image] = []
         while len(images) < len(items):
             batch = items[len(images) : len(images) + self.batch_size]
@@ -209,8 +204,7 @@ class NoiseCutMixGenerator:
     def compile(self) -> None:
         """Compile UNet and VAE decoder by drawing a batch; later ones are padded, so that none compiles again.
 
-        Raises:
-            RunError: PyTorch cannot compile here.
+        Raises RunError where PyTorch cannot compile.
         """
         self.pipe.unet.compile(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
         self.pipe.vae.decoder.compile(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
@@ -220,10 +214,13 @@ class NoiseCutMixGenerator:
         except RunError:
             raise
         except RuntimeError as error:  # the base of torch's compilation errors, whose messages can have 10 kB
-            reason = first_line(error)
-            if any(sign in reason.lower() for sign in NO_COMPILER):
+            cause: BaseException = error
+            while cause.__cause__:
+                cause = cause.__cause__
+            reason = f"{type(cause).__name__}: {first_line(cause)}"[:300]
+            if "compiler" in reason.lower():
                 reason = "PyTorch finds no C++ compiler; install g++ (on Windows the Visual Studio Build Tools)"
-            raise RunError(f"`compile`: {reason[:300]}; or leave `compile` out") from error
+            raise RunError(f"`compile`: {reason}; or leave `compile` out") from error
 
     def _as_labels(self, name: str, labels: Labels) -> list[int]:
         """Return the labels as a list of int, or raise a ValueError."""
@@ -232,19 +229,14 @@ class NoiseCutMixGenerator:
         except TypeError as error:
             raise ValueError(f"`{name}`: has to be a list of labels, not {labels!r}") from error
         for value in values:
-            if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < self.num_classes:
+            if not _is_whole(value) or not 0 <= value < self.num_classes:
                 limit = self.num_classes - 1
                 raise ValueError(f"`{name}`: labels have to be whole numbers from 0 to {limit} but one is {value!r}")
         return [int(value) for value in values]
 
     def _check_resolution(self, resolution: int) -> None:
         factor = self.pipe.vae_scale_factor
-        if (
-            isinstance(resolution, bool)
-            or not isinstance(resolution, Integral)
-            or resolution < 1
-            or resolution % factor
-        ):
+        if not _is_whole(resolution) or resolution < 1 or resolution % factor:
             raise InputError(f"`resolution`: has to be a multiple of {factor}, not {resolution!r}")
 
     def _draw_batch(self, items: Sequence[Item]) -> list[Image.Image]:
@@ -283,6 +275,10 @@ class NoiseCutMixGenerator:
         return torch.cat([self._embeds[prompt] for prompt in prompts])
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def create_generator(options: argparse.Namespace, device: str, plan: Plan) -> NoiseCutMixGenerator:
     """Load what a script's options ask for, and compile it where they do.
 
@@ -290,24 +286,14 @@ def create_generator(options: argparse.Namespace, device: str, plan: Plan) -> No
         InputError: model, checkpoint or prompt are wrong.
         RunError: the device has too little memory, or PyTorch cannot compile here.
     """
+    same = "ckpt_path guidance_scale guidance_interval num_inference_steps model dtype prompt batch_size"
+    arguments = {name: getattr(options, name) for name in same.split()}
     try:
-        generator = NoiseCutMixGenerator(
-            device=device,
-            data_name=options.classes,
-            ckpt_path=options.ckpt_path,
-            guidance_scale=options.guidance_scale,
-            num_inference_steps=options.num_inference_steps,
-            model=options.model,
-            dtype=options.dtype,
-            prompt=options.prompt,
-            batch_size=options.batch_size,
-            guidance_interval=tuple(options.guidance_interval),
-            plan=plan,
-        )
+        generator = NoiseCutMixGenerator(device, options.classes, plan=plan, **arguments)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error
+        if is_out_of_memory(error):
+            raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error
+        raise
     if options.compile:
         start = time.perf_counter()
         generator.compile()
