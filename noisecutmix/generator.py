@@ -176,9 +176,9 @@ class NoiseCutMixGenerator:
             ValueError: the items are of several resolutions.
             RunError: out of memory at batch size 1, or a picture that is not finite.
         """
+        images: list[Image.Image] = []
         if len({item.resolution for item in items}) > 1:
             raise ValueError("`items`: have to be of one resolution; use one call for each resolution")
-        images: list[Image.Image] = []
         while len(images) < len(items):
             batch = items[len(images) : len(images) + self.batch_size]
             size = self.batch_size if self._pads_batches else len(batch)
