@@ -121,7 +121,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_a_prompt_that_is_cut_after_the_class_is_refused(capsys):
-    message = refusal(InputError, make, prompt="{name} and then a very long tail")
+    message = refusal(InputError, make, prompt="{name} and then a very, very long tail")
     assert message.startswith("`prompt`: {name} or the text after it lies beyond the 24 tokens")
     assert capsys.readouterr().err == ""
 
