@@ -1,5 +1,6 @@
 """The data sets one can draw: their classes in label order, and where model and checkpoint come from."""
 
+import difflib
 import json
 import re
 import string
@@ -130,3 +131,22 @@ def vae_scale_factor(model: str) -> int:
         return int(2 ** (len(json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]) - 1))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--model: {config} cannot be read; {model} is no diffusers model folder") from error
+
+
+def find_placeholders(class_names: Iterable[str], name2placeholder: dict[str, str]) -> list[str]:
+    """Return the token of each class, matching names after `normalise`.
+
+    Raises:
+        InputError: the checkpoint has no token for a class.
+    """
+    by_name = {normalise(name): placeholder for name, placeholder in name2placeholder.items()}
+    class_names = list(class_names)
+    missing = [name for name in class_names if normalise(name) not in by_name]
+    if missing:
+        close = difflib.get_close_matches(normalise(missing[0]), by_name, n=1)
+        hint = f"; it has {close[0]!r}" if close else ""
+        more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
+        raise InputError(
+            f"`ckpt_path`: the checkpoint has no token for {missing[0]!r}{more}{hint}; is it for another data set?"
+        )
+    return [by_name[normalise(name)] for name in class_names]

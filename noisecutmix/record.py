@@ -12,51 +12,47 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .classes import EMBEDDINGS_FILE, LORA_FILE
-from .errors import InputError, first_line
+from .errors import InputError
 from .files import atomic_file
+from .sources import find_checkpoint_files, find_model
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
 SAMPLED_BYTES = 2**20
 LONGEST_TOLD = 120
-MODEL_SUFFIXES = (".json", ".txt", ".safetensors")
 
 
 def fingerprint_files(root: Path, files: Iterable[Path]) -> str:
     """Return a SHA-256 of the files' names below `root`, sizes, and each one's first and last MiB.
 
     A fine-tuned model differs there, and gigabytes need not be read.
+
+    Raises:
+        InputError: a file cannot be read.
     """
     digest = hashlib.sha256()
     for file in sorted(files):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root).as_posix()} {size}\n".encode())
-        with open(file, "rb") as content:
-            digest.update(content.read(SAMPLED_BYTES))
-            content.seek(max(size - SAMPLED_BYTES, 0))
-            digest.update(content.read(SAMPLED_BYTES))
+        try:
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(root).as_posix()} {size}\n".encode())
+            with open(file, "rb") as content:
+                digest.update(content.read(SAMPLED_BYTES))
+                content.seek(max(size - SAMPLED_BYTES, 0))
+                digest.update(content.read(SAMPLED_BYTES))
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
-def fingerprint_model(model: str) -> str:
-    """Return the fingerprint of a local diffusers folder, or the commit of a hub id as cached or downloaded.
+def fingerprint_model(model: str, prefers_half: bool) -> str:
+    """Return the fingerprint of the files that are loaded of a model (see `find_model`)."""
+    folder, _, files = find_model(model, prefers_half)
+    return fingerprint_files(folder, files)
 
-    Raises:
-        InputError: the hub has no such model, or cannot be reached and nothing is cached.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        return fingerprint_files(folder, (file for file in folder.glob("*/*") if file.suffix in MODEL_SUFFIXES))
-    from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(model, "model_index.json")).parent.name
-    except Exception as error:  # the hub's client raises its own, requests' and httpx's errors, by version
-        raise InputError(
-            f"--model: {model} is no local folder and cannot be had from the hub ({first_line(error)}); "
-            "download it once (README) or give a local diffusers folder"
-        ) from error
+def fingerprint_checkpoint(ckpt_path: Path) -> str:
+    """Return the fingerprint of the files that are loaded of a checkpoint."""
+    return fingerprint_files(ckpt_path, (file for file in find_checkpoint_files(ckpt_path) if file.exists()))
 
 
 @dataclass
@@ -106,6 +102,7 @@ class Record:
 
 def describe_shape(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Return all options that shape the data, as JSON values: a run may go on only where they are the same."""
+    dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
     return {
         "seed": options.seed,
         "alpha": options.alpha,
@@ -113,14 +110,12 @@ def describe_shape(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "guidance_interval": list(options.guidance_interval),
         "num_inference_steps": options.num_inference_steps,
         "resolution": options.resolution,
-        "dtype": options.dtype or ("float16" if device.startswith("cuda") else "float32"),
+        "dtype": dtype,
         "prompt": options.prompt,
         "meta_class": options.classes.meta_class,
         "class_names": list(options.classes.names),
-        "model": fingerprint_model(options.model),
-        "checkpoint": fingerprint_files(
-            options.ckpt_path, (options.ckpt_path / name for name in (LORA_FILE, EMBEDDINGS_FILE))
-        ),
+        "model": fingerprint_model(options.model, prefers_half=dtype == "float16"),
+        "checkpoint": fingerprint_checkpoint(options.ckpt_path),
     }
 
 
