@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from .checkpoint import find_placeholders, load_pipeline
+from .checks import check_number
 from .classes import DEFAULT_PROMPT, check_prompt, find_repeated, load_classes, vae_scale_factor
 from .cutmix import draw_mask
 from .errors import InputError, RunError, is_out_of_memory
-from .inputs import check_guidance_scale
 from .launch import say
 from .pipeline import NonFiniteImageError
 from .plan import Item, Plan
@@ -64,7 +64,7 @@ class NoiseCutMixGenerator:
     ):
         if batch_size < 1:
             raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}.")
-        check_guidance_scale(guidance_scale)
+        check_number("guidance_scale", guidance_scale, 0)
         check_prompt(prompt)
         classes = load_classes(data_name)
         self.class_names = list(classes.names if class_names is None else class_names)
