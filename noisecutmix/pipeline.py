@@ -22,9 +22,8 @@ class NonFiniteImageError(RunError):
     """Pictures came out with nan or infinity; `indices` tells which of the batch."""
 
     def __init__(self, indices: list[int], dtype: torch.dtype):
-        overflow = "float16 overflows; use `dtype=bfloat16` or `dtype=float32`"
-        reason = overflow if dtype == torch.float16 else f"{dtype} does not overflow so easily: check the model's files"
-        super().__init__(f"pictures {indices} of the batch are not finite; {reason}")
+        advice = "use `dtype=bfloat16`" if dtype == torch.float16 else "are the model's weights finite?"
+        super().__init__(f"pictures {indices} of the batch are not finite in {dtype}; {advice}")
         self.indices = indices
 
 
@@ -98,7 +97,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
                 transparency, or an array (height, width) of uint8 0 to 255 or float 0 to 1; (B, height, width) is a
                 batch. White is 1. Levels are 1/255.
             height, width: in pixels, divisible by the VAE's factor; None is the model's own.
-            num_inference_steps: denoising steps, at least 1 and fewer than the timesteps of training, 1,000.
+            num_inference_steps: denoising steps, 1 to 999, or 998 where the scheduler's spacing is "leading".
             guidance_scale: of classifier-free guidance; at most 1 leaves the empty prompt out, eps = mixed.
             negative_prompt: in place of the empty prompt.
             num_images_per_prompt: pictures a pair; they are neighbours in the output (a, a, b, b).
@@ -236,8 +235,9 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         factor = self.vae_scale_factor
         if any(not is_whole_number(side) or side < 1 or side % factor for side in (height, width)):
             raise ValueError(f"`height` and `width` have to be multiples of {factor} but are {height} and {width}.")
-        # DPM-Solver divides by the difference of two noise levels, so they must not repeat
-        most = self.scheduler.config.num_train_timesteps - isinstance(self.scheduler, DPMSolverMultistepScheduler)
+        schedule, most = self.scheduler.config, self.scheduler.config.num_train_timesteps
+        if isinstance(self.scheduler, DPMSolverMultistepScheduler):  # divides by differences of noise levels
+            most -= 1 + (schedule.timestep_spacing == "leading") * schedule.steps_offset  # more would repeat a level
         check_whole_number("num_inference_steps", num_inference_steps, 1, most)
         check_whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         check_number("guidance_scale", guidance_scale, 0)
