@@ -1,7 +1,7 @@
 """NoiseCutMix: two prompts' noise estimates, merged under a mask at every denoising step."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -41,9 +41,9 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
 
     def __init__(
         self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers, safety_checker: torch.nn.Module | None, feature_extractor: object,
-        image_encoder: torch.nn.Module | None = None, requires_safety_checker: bool = True,
-        name2placeholder: dict[str, str] | None = None,
+        scheduler: KarrasDiffusionSchedulers, safety_checker: object, feature_extractor: object,
+        image_encoder: object = None, requires_safety_checker: bool = True,
+        name2placeholder: Optional[dict[str, str]] = None,  # noqa: UP045 (diffusers 0.35 does not know X | None)
     ):  # fmt: skip
         super().__init__(
             vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
