@@ -12,7 +12,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from .classes import EMBEDDINGS_FILE, LORA_FILE, normalise
+from .classes import EMBEDDINGS_FILE, LORA_FILE, comparison_key, find_repeated
 from .errors import InputError, first_line
 from .pipeline import NoiseCutMixPipeline
 
@@ -69,22 +69,22 @@ def load_pipeline(
 
 
 def find_placeholders(class_names: Iterable[str], name2placeholder: dict[str, str]) -> list[str]:
-    """Return the token of each class, matching names after `normalise`.
+    """Return the token of each class, matching names by `comparison_key`.
 
     Raises:
         InputError: the checkpoint has no token for a class.
     """
-    by_name = {normalise(name): placeholder for name, placeholder in name2placeholder.items()}
+    by_key = {comparison_key(name): name for name in name2placeholder}
     class_names = list(class_names)
-    missing = [name for name in class_names if normalise(name) not in by_name]
+    missing = [name for name in class_names if comparison_key(name) not in by_key]
     if missing:
-        close = difflib.get_close_matches(normalise(missing[0]), by_name, n=1)
-        hint = f"; it has {close[0]!r}" if close else ""
+        close = difflib.get_close_matches(comparison_key(missing[0]), by_key, n=1)
+        hint = f"; it has {by_key[close[0]]!r}" if close else ""
         more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
         raise InputError(
             f"--ckpt_path: the checkpoint has no token for {missing[0]!r}{more}{hint}; is it for another data set?"
         )
-    return [by_name[normalise(name)] for name in class_names]
+    return [name2placeholder[by_key[comparison_key(name)]] for name in class_names]
 
 
 def _load_model(model: str, prefer_half: bool) -> NoiseCutMixPipeline:
@@ -125,8 +125,8 @@ def _read_embeddings(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     for name, placeholder in name2placeholder.items():
         if not isinstance(name, str) or not isinstance(placeholder, str) or placeholder not in embeddings:
             raise InputError(f"--ckpt_path: {file} has no embedding {placeholder!r} for class {name!r}")
-    if len({normalise(name) for name in name2placeholder}) < len(name2placeholder):
-        raise InputError(f"--ckpt_path: {file}: two class names differ in spaces, '/' and '_' alone")
+    if find_repeated(name2placeholder):
+        raise InputError(f"--ckpt_path: {file}: two class names differ in spaces, '/', '_' and case alone")
     if len(set(name2placeholder.values())) < len(name2placeholder):
         raise InputError(f"--ckpt_path: {file}: two classes share a token")
     for placeholder, embedding in embeddings.items():

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import tempfile
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
+
+from .errors import InputError
 
 
 @contextlib.contextmanager
@@ -62,3 +65,21 @@ class BackgroundWriter:
         if kind is None:
             for future in self._pending:
                 future.result()
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written into a folder, or that the folder can be made; change nothing.
+
+    Raises:
+        InputError: it cannot. The message names `output_dir`.
+    """
+    for place in (folder, *folder.absolute().parents):
+        try:
+            if os.path.lexists(place) and not place.is_dir():
+                raise InputError(f"`output_dir`: {place} is a file; choose a folder")
+            tempfile.TemporaryDirectory(dir=place).cleanup()  # os.access says yes to root, and on Windows
+            return
+        except (FileNotFoundError, NotADirectoryError):  # the folder is not there yet: its parent decides
+            continue
+        except OSError as error:
+            raise InputError(f"`output_dir`: {place} cannot be written: {error.strerror}; choose another") from error
