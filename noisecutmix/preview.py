@@ -71,6 +71,7 @@ def _fit_caption(share: float, class_name: str, label: int) -> tuple[str, Font]:
         font = _load_font(file, size)
         if font.getlength(text) <= SIDE:
             return text, font
+    text = text[: SIDE // 2]  # no letter is narrower than two pixels
     while font.getlength(f"{text}...") > SIDE:
         text = text[:-1]
     return f"{text.rstrip()}...", font
