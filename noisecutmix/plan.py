@@ -8,7 +8,7 @@ import numpy as np
 from .cutmix import Box, area_ratio, sample_box
 from .ranges import RANGES, Range
 
-WHOLE_NUMBER = Range(int, 0)
+WHOLE_NUMBER, SHARE = Range(int, 0), Range(float, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Item:
     `target` and `aug` are labels from 0; `ratio` is the target's share of the area, inside `box`.
 
     Raises:
-        ValueError: an index, a label or a seed that is not a whole number, or a ratio outside 0 to 1.
+        ValueError: an index or a label that is not a whole number, or a ratio outside 0 to 1.
     """
 
     index: int
@@ -30,9 +30,8 @@ class Item:
     resolution: int
 
     def __post_init__(self) -> None:
-        for name in ("index", "target", "aug", "noise_seed", "resolution"):
-            object.__setattr__(self, name, WHOLE_NUMBER.check(name, getattr(self, name)))
-        object.__setattr__(self, "ratio", Range(float, 0, 1).check("ratio", self.ratio))
+        for name, valid in (("index", WHOLE_NUMBER), ("target", WHOLE_NUMBER), ("aug", WHOLE_NUMBER), ("ratio", SHARE)):
+            object.__setattr__(self, name, valid.check(name, getattr(self, name)))
 
     def soft_label(self, num_classes: int) -> np.ndarray:
         """Return r * onehot(target) + (1 - r) * onehot(aug): float32, (num_classes,), sum 1."""
@@ -70,9 +69,9 @@ class Plan:
             ValueError: an index or a label is not a whole number or out of range, or target and aug are equal.
         """
         index = WHOLE_NUMBER.check("index", index)
-        labels = Range(int, 0, self.num_classes - 1)
-        target = target if target is None else labels.check("target", target)
-        aug = aug if aug is None else labels.check("aug", aug)
+        for name, label in (("target", target), ("aug", aug)):
+            if label is not None:
+                Range(int, 0, self.num_classes - 1).check(name, label)
         if target is not None and target == aug:
             raise ValueError(f"`target` and `aug` have to differ but are both {target}.")
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, index])))

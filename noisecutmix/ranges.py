@@ -29,11 +29,13 @@ class Range:
         Raises:
             ValueError: `value` is of another kind or outside the range. The message names the parameter `name`.
         """
+        if type(value) is self.kind and self.lowest <= value <= self.highest:  # the quick way; false for nan
+            return value
         number: Any = numbers.Integral if self.kind is int else numbers.Real
         if isinstance(value, number) and not isinstance(value, bool):
             with contextlib.suppress(OverflowError):  # a whole number that no float can hold
                 converted = self.kind(value)
-                if self.lowest <= converted <= self.highest:  # false for nan
+                if self.lowest <= converted <= self.highest:
                     return converted
         raise ValueError(f"`{name}`: has to be {self}, not {value!r}")
 
