@@ -1,6 +1,5 @@
 """preview.png: what was drawn, at a glance."""
 
-import contextlib
 import functools
 import importlib.util
 import unicodedata
@@ -89,26 +88,24 @@ def _font_files() -> Iterator[str]:
 @functools.lru_cache
 def _load_font(file: str, size: int) -> Font:
     try:
-        # BASIC on every machine: the other layout engine is not part of every Pillow
-        return (
-            ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
-            if file
-            else ImageFont.load_default(size)
-        )
+        if file == BUILT_IN:
+            return ImageFont.load_default(size)
+        # The other layout engine is not part of every Pillow; with this one captions look the same everywhere.
+        return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
     except ImportError:  # a Pillow without FreeType has one font of one size
         return ImageFont.load_default()
 
 
 def _can_show(file: str, text: str) -> bool:
     """Return whether a font is there and has a glyph for each letter of a text."""
-    if text.isascii() and file == BUILT_IN:
-        return True
-    with contextlib.suppress(OSError):
+    try:
         font = _load_font(file, FONT_SIZES[0])
-        if isinstance(font, ImageFont.FreeTypeFont):
-            missing = _draw_letter(font, "\uffff")  # no character, so this is the box that stands for a missing glyph
-            return all(_is_simple(letter) and _draw_letter(font, letter) != missing for letter in text)
-    return False
+    except OSError:
+        return False
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        return text.isascii() and text.isprintable()
+    missing = _draw_letter(font, "\uffff")  # no character, so this is the box that stands for a missing glyph
+    return all(_is_simple(letter) and _draw_letter(font, letter) != missing for letter in text)
 
 
 def _draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:

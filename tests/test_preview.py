@@ -40,19 +40,19 @@ def a_font_with_letters():
 )
 def test_each_letter_shows(a_font_with_letters, name):
     """A letter drawn as the box of a missing glyph looks like any other such letter."""
-    assert caption(name) != caption("class 0")
+    shown = caption(name)
+    assert shown != caption("class 0")
     for position, letter in enumerate(name):
         if not letter.isascii():
-            for other in "öжλ":
-                if letter != other:
-                    assert caption(name) != caption(name[:position] + other + name[position + 1 :])
+            other = "ж" if letter != "ж" else "λ"
+            assert caption(name[:position] + other + name[position + 1 :]) != shown
 
 
 def test_the_same_letters_look_the_same_however_composed(a_font_with_letters):
     assert caption("Vo\u0308gelchen") == caption("V\u00f6gelchen")
 
 
-@pytest.mark.parametrize("name", ["नीलकंठ", "עורב", "بلبل", "x\u0301y", "\ue000", "a\u200fb"])
+@pytest.mark.parametrize("name", ["नीलकंठ", "עורב", "بلبل", "x\u0301y", "\ue000", "a\u200fb", "a\x07b"])
 def test_a_name_that_cannot_be_shown_is_its_label(name):
     assert caption(name, label=17) == caption("class 17", label=17)
 
