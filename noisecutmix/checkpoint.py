@@ -84,7 +84,6 @@ def load_pipeline(
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
     pipe.name2placeholder = {normalise(name): placeholder for name, placeholder in name2placeholder.items()}
-    pipe.placeholder2name = {placeholder: name for name, placeholder in pipe.name2placeholder.items()}
     return pipe
 
 
@@ -124,7 +123,7 @@ def _read_embeddings(file: Path) -> tuple[Tensors, dict[str, str]]:
         if not isinstance(name, str) or not isinstance(placeholder, str) or placeholder not in embeddings:
             raise _refusal(file, f" has no embedding {placeholder!r} for class {name!r}")
     if find_repeated(name2placeholder):
-        raise _refusal(file, ": two class names differ in spaces, '/' and '_' alone")
+        raise _refusal(file, ": two class names differ in spaces, '/', '_' and case alone")
     if len(set(name2placeholder.values())) < len(name2placeholder):
         raise _refusal(file, ": two classes share a token")
     for placeholder, embedding in embeddings.items():

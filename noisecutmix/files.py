@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import struct
+import tempfile
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from .errors import InputError
 
 PNG_COLOR_TYPES = {"L": 0, "RGB": 2}
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -123,3 +126,23 @@ class BackgroundWriter:
         self._pool.shutdown(wait=True)
         if kind is None:
             list(self._pending)
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written into a folder, or that the folder can be made; change nothing.
+
+    Raises:
+        InputError: it cannot. The message names `output_dir`.
+    """
+    for place in (folder, *folder.absolute().parents):
+        try:
+            if os.path.lexists(place) and not place.is_dir():
+                raise InputError(f"`output_dir`: {place} is a file; choose a folder")
+            tempfile.TemporaryDirectory(dir=place).cleanup()  # os.access says yes to root, and on Windows
+            return
+        except (FileNotFoundError, NotADirectoryError):  # the folder is not there yet: its parent decides
+            continue
+        except OSError as error:
+            raise InputError(
+                f"`output_dir`: {place} cannot be written: {error.strerror}; mend that or choose another"
+            ) from error
