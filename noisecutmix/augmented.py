@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from .checks import check_number, check_whole_number, is_whole_number
 from .errors import InputError
+from .ranges import Range, is_whole_number
 
 LARGEST_SUM_ERROR = 0.01  # of a soft label; float16 of 200 classes stays well below
 
@@ -97,9 +97,14 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
                 raise TypeError
             # the folder may be a copy: the command has to mend this one, not the one that it was written for
             words = [w for last, w in zip(["", *words], words) if "--output_dir" not in (last, w.partition("=")[0])]
-            return num_items, shlex.join([*words, f"--output_dir={self.root}"])
+            command = shlex.join([*words, f"--output_dir={self.root}"])
+            if run.get("is_cleared") is False:  # the files may still be those of the data set that it replaces
+                raise InputError(f"{self.root}: the data set is being overwritten; go on with: {command}")
+            return num_items, command
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{self.root} holds no run.json of augmentation.py; it is no data set of ours") from error
+        except InputError:
+            raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{self.root}: run.json is not as augmentation.py writes it") from error
 
@@ -173,9 +178,9 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
             if isinstance(data_set, IterableDataset) or not hasattr(data_set, "__len__"):
                 kind = type(data_set).__name__
                 raise InputError(f"`{name}`: has to be a data set with a length and items by index, not {kind}")
-        check_number("probability", probability, 0, 1)
-        check_whole_number("num_classes", num_classes, 1)
-        check_whole_number("seed", seed, 0)
+        Range(float, 0, 1).check("probability", probability)
+        Range(int, 1).check("num_classes", num_classes)
+        Range(int, 0).check("seed", seed)
         if probability > 0 and not _length(augmented):
             raise InputError("`augmented` is empty.")
         if getattr(augmented, "num_classes", num_classes) != num_classes:
@@ -196,7 +201,7 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         Args:
             epoch: its number, at least 0.
         """
-        check_whole_number("epoch", epoch, 0)
+        Range(int, 0).check("epoch", epoch)
         if self._process != os.getpid():  # this process is a rank that was given the data set by its launcher
             self._share_counts()
         self._counts[0] = epoch

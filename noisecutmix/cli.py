@@ -141,7 +141,7 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     _add_number(method, "guidance_scale", 7.5, "W", "at most 1 turns guidance off")
     method.add_argument(
         "--guidance_interval",
-        type=as_number(Range(float, 0, 1)),
+        type=as_number(RANGES["guidance_interval"]),
         nargs=2,
         default=(0.0, 1.0),
         metavar=("LO", "HI"),

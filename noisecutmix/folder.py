@@ -26,6 +26,7 @@ MODES = {"image": "RGB", "mask": "L"}
 WRITTEN = r"(gen|mask)_\d+\.png|preview\.png|run\.json|metadata\.jsonl|soft_label\.npy"
 TEMPORARY = re.compile(rf"\.({WRITTEN})\.[0-9a-f]{{32}}\.tmp")
 LOOKED_AT_ONCE = 1000
+LOCK_TIMEOUT = 1  # seconds; where a file system has no flock, the lock of a killed run is recognised on a second look
 LONGEST_DELAY = 20  # seconds until a change shows on another machine of a shared file system
 
 
@@ -73,7 +74,7 @@ class OutputFolder:
         """
         self._check_usable(options, overwrite)
         new_folders = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
-        lock = FileLock(self.root / ".lock", timeout=0)
+        lock = FileLock(self.root / ".lock", timeout=LOCK_TIMEOUT)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock.acquire()

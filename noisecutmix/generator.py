@@ -4,7 +4,6 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from .launch import say
 from .pipeline import NonFiniteImageError
 from .plan import Item, Plan
 from .quiet import quiet_libraries
+from .ranges import RANGES, Range, is_whole_number
 
 Labels = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -75,16 +75,10 @@ class NoiseCutMixGenerator:
             ("model", model, str | Path | None, "a hub id or a folder"),
             ("meta_class", meta_class, str | None, "a text"),
             ("prompt", prompt, str, "a text"),
-            ("alpha", alpha, Real, "a number"),
-            ("num_inference_steps", num_inference_steps, Integral, "a whole number"),
-            ("batch_size", batch_size, Integral, "a whole number"),
-            ("seed", seed, Integral, "a whole number"),
-            ("resolution", resolution, Integral | None, "a whole number"),
         ):
-            if isinstance(value, bool) or not isinstance(value, kind):
+            if not isinstance(value, kind):
                 raise ValueError(f"`{name}`: has to be {wanted}, not {value!r}")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size`: has to be at least 1, not {batch_size}")
+        self.batch_size = RANGES["batch_size"].check("batch_size", batch_size)
         check_prompt(prompt)
         classes = data_name if isinstance(data_name, Classes) else load_classes(str(data_name))
         self.class_names = list(classes.names if class_names is None else class_names)
@@ -97,7 +91,6 @@ class NoiseCutMixGenerator:
         self.guidance_scale = guidance_scale
         self.num_inference_steps = num_inference_steps
         self.guidance_interval = guidance_interval
-        self.batch_size = batch_size
         resolution = classes.resolution if resolution is None else resolution
         self.plan = Plan(seed, self.num_classes, alpha, resolution) if plan is None else plan
         if self.plan.num_classes != self.num_classes:
@@ -110,8 +103,8 @@ class NoiseCutMixGenerator:
         self.pipe.set_progress_bar_config(disable=True)
         self._check_resolution(self.plan.resolution)
         num_timesteps = self.pipe.scheduler.config.num_train_timesteps
-        if not 1 <= num_inference_steps < num_timesteps:  # with more, the scheduler would take a timestep twice
-            raise ValueError(f"`num_inference_steps`: has to be 1 to {num_timesteps - 1}, not {num_inference_steps}")
+        # with more, the scheduler would take a timestep twice
+        Range(int, 1, num_timesteps - 1).check("num_inference_steps", num_inference_steps)
         placeholders = find_placeholders(self.class_names, self.pipe.name2placeholder)
         self._prompts = [prompt.format(name=name, meta_class=self.meta_class) for name in placeholders]
         with quiet_libraries():
@@ -229,14 +222,14 @@ class NoiseCutMixGenerator:
         except TypeError as error:
             raise ValueError(f"`{name}`: has to be a list of labels, not {labels!r}") from error
         for value in values:
-            if not _is_whole(value) or not 0 <= value < self.num_classes:
+            if not is_whole_number(value) or not 0 <= value < self.num_classes:
                 limit = self.num_classes - 1
                 raise ValueError(f"`{name}`: labels have to be whole numbers from 0 to {limit} but one is {value!r}")
         return [int(value) for value in values]
 
     def _check_resolution(self, resolution: int) -> None:
         factor = self.pipe.vae_scale_factor
-        if not _is_whole(resolution) or resolution < 1 or resolution % factor:
+        if not is_whole_number(resolution) or resolution < 1 or resolution % factor:
             raise InputError(f"`resolution`: has to be a multiple of {factor}, not {resolution!r}")
 
     def _draw_batch(self, items: Sequence[Item]) -> list[Image.Image]:
@@ -273,10 +266,6 @@ class NoiseCutMixGenerator:
                 with torch.no_grad():
                     self._embeds[prompt] = self.pipe.encode_prompt(prompt, self.pipe.device, 1, False)[0]
         return torch.cat([self._embeds[prompt] for prompt in prompts])
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def create_generator(options: argparse.Namespace, device: str, plan: Plan) -> NoiseCutMixGenerator:

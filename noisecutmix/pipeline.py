@@ -11,9 +11,9 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .checks import check_number, check_whole_number, is_whole_number
 from .errors import RunError, is_out_of_memory
 from .inputs import Mask, Prompt, count_prompts, to_mask_pictures
+from .ranges import RANGES, Range, is_whole_number
 
 DECODED_AT_ONCE = 8
 
@@ -238,11 +238,11 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         schedule, most = self.scheduler.config, self.scheduler.config.num_train_timesteps
         if isinstance(self.scheduler, DPMSolverMultistepScheduler):  # divides by differences of noise levels
             most -= 1 + (schedule.timestep_spacing == "leading") * schedule.steps_offset  # more would repeat a level
-        check_whole_number("num_inference_steps", num_inference_steps, 1, most)
-        check_whole_number("num_images_per_prompt", num_images_per_prompt, 1)
-        check_number("guidance_scale", guidance_scale, 0)
+        Range(int, 1, most).check("num_inference_steps", num_inference_steps)
+        Range(int, 1).check("num_images_per_prompt", num_images_per_prompt)
+        RANGES["guidance_scale"].check("guidance_scale", guidance_scale)
         for fraction in guidance_interval:
-            check_number("guidance_interval", fraction, 0, 1)
+            RANGES["guidance_interval"].check("guidance_interval", fraction)
         if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
             raise ValueError(f"`guidance_interval` has to rise within 0 to 1 but is {guidance_interval}.")
         if output_type not in ("pil", "np", "pt", "latent"):

@@ -4,7 +4,7 @@ import contextlib
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,16 @@ class Range:
         raise ValueError(f"`{name}`: has to be {self}, not {value!r}")
 
 
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Return whether `value` is an integer of Python or numpy; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 RANGES = {
     # Outside this range the box no longer changes with alpha: it covers all, nothing, or half of the picture.
     "alpha": Range(float, 1e-6, 1e6),
     "batch_size": Range(int, 1, 4096),
+    "guidance_interval": Range(float, 0, 1),
     "guidance_scale": Range(float, 0, 1000),
     "num_aug": Range(int, 1, 10**8),
     "num_gen": Range(int, 1, 10**8),

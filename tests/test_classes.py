@@ -7,8 +7,8 @@ import pytest
 from conftest import in_old_keys, write_checkpoint
 
 from noisecutmix import cli
-from noisecutmix.checkpoint import find_placeholders, load_pipeline
-from noisecutmix.classes import comparison_key, load_classes, normalise
+from noisecutmix.checkpoint import load_pipeline
+from noisecutmix.classes import comparison_key, find_placeholders, load_classes, normalise
 from noisecutmix.errors import InputError
 
 CLASSES = {
