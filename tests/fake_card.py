@@ -2,7 +2,13 @@
 
 What the host does is done for real; what the card does is only followed. PyTorch checks each operator's devices and
 types as it would on a GPU. `FakeCard` adds to that: it counts floating-point operations and live memory, records what
-is read back to the host, and checks the type of every operand. It needs a build of PyTorch with CUDA, and no GPU.
+is read back to the host, and checks the type of every operand.
+
+    with FakeCard(device) as card:
+        build a model on `device`, run it once if that allocates what stays
+        card.start()                        # what is live by now are the weights
+        run it
+    card.flops, card.weights, card.peaks
 """
 
 import contextlib
@@ -43,10 +49,22 @@ class WrongType(RuntimeError):
     """An operator on the card was given an operand of another type than the pictures are drawn in."""
 
 
+def can_fake_cuda() -> bool:
+    """Return whether this PyTorch fakes a CUDA device without a driver: not one built without CUDA, nor 2.6."""
+    try:
+        with FakeTensorMode():
+            torch.empty(2, device="cuda")[:1]
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
 class FakeCard(TorchDispatchMode):
-    """Runs what is on "cuda" in fake tensors, as a context; what is on the CPU runs as ever.
+    """Runs what is on the card in fake tensors, as a context; what is on the CPU runs as ever.
 
     Args:
+        device: "cuda"; or "meta", which takes its place where PyTorch cannot fake CUDA and for a backward pass, for
+            which PyTorch asks the driver for a CUDA device's streams. Operators and sizes are the same.
         capacity: bytes of memory; beyond them torch.OutOfMemoryError is raised, as by a GPU. None is without end.
 
     Attributes:
@@ -60,8 +78,9 @@ class FakeCard(TorchDispatchMode):
         dtype: the type that floating-point operands have to have in the loop and in the decoder; None is any.
     """
 
-    def __init__(self, capacity: float | None = None) -> None:
+    def __init__(self, device: str = "cuda", capacity: float | None = None) -> None:
         super().__init__()
+        self.device = device
         self.capacity = capacity
         self.dtype: torch.dtype | None = None
         self.part = "around"
@@ -81,7 +100,7 @@ class FakeCard(TorchDispatchMode):
     def __enter__(self) -> "FakeCard":
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            contexts.enter_context(FusedAttention())
+            contexts.enter_context(FusedAttention(self.device))
             super().__enter__()
             self._contexts = contexts.pop_all()
         return self
@@ -94,7 +113,7 @@ class FakeCard(TorchDispatchMode):
         kwargs = kwargs or {}
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         target = kwargs.get("device")
-        is_for_card = target is not None and torch.device(target).type == "cuda"
+        is_for_card = target is not None and torch.device(target).type == self.device
         if not is_for_card and not any(isinstance(operand, FakeTensor) for operand in operands):
             with unset_fake_temporarily():
                 return operator(*args, **kwargs)
@@ -108,7 +127,7 @@ class FakeCard(TorchDispatchMode):
         if packet in flop_registry:
             self.flops[self.part] += flop_registry[packet](*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
+            if isinstance(tensor, FakeTensor) and tensor.device.type == self.device:
                 self._hold(tensor.untyped_storage())
         return result
 
@@ -177,9 +196,13 @@ def _goes_to_host(packet: Any, args: Any, target: Any) -> bool:
 class FusedAttention(TorchFunctionMode):
     """Chooses the attention kernel as PyTorch does on a GPU; without one it would write out every score."""
 
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is not torch.nn.functional.scaled_dot_product_attention or args[0].device.type != "cuda":
+        if function is not torch.nn.functional.scaled_dot_product_attention or args[0].device.type != self.device:
             return function(*args, **kwargs)
         return fused_attention(*args, **kwargs)
 
@@ -199,7 +222,7 @@ def fused_attention(
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     if is_half and attn_mask is None and query.shape[-1] <= LONGEST_HEAD_OF_FLASH_ATTENTION:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-    needs_gradient = torch.is_grad_enabled() and query.requires_grad
+    needs_gradient = torch.is_grad_enabled() and any(operand.requires_grad for operand in (query, key, value))
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
     )[0]
@@ -210,11 +233,14 @@ def build_pipeline(card: FakeCard, shape: Shape, dtype: torch.dtype, tokenizer_f
 
     The card knows what runs by then, and checks the types.
     """
+    placeholders = {name: f"<class_{label}>" for label, name in enumerate(class_names(shape.num_classes))}
     with unset_fake_temporarily(), torch.device("meta"):
         components = build_components(tokenizer_folder, shape)
+        components["tokenizer"].add_tokens(list(placeholders.values()))
+        components["text_encoder"].resize_token_embeddings(len(components["tokenizer"]), mean_resizing=False)
     scheduler = DPMSolverMultistepScheduler.from_config(components["scheduler"].config, final_sigmas_type="sigma_min")
     for name in ("unet", "vae", "text_encoder"):
-        place(components[name], dtype, channels_last=name != "text_encoder")
+        place(components[name], card.device, dtype, channels_last=name != "text_encoder")
     pipe = NoiseCutMixPipeline(
         **{**components, "scheduler": scheduler},
         safety_checker=None,
@@ -222,24 +248,21 @@ def build_pipeline(card: FakeCard, shape: Shape, dtype: torch.dtype, tokenizer_f
         requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
-    names = class_names(shape.num_classes)
-    pipe.name2placeholder = {name: f"<class_{label}>" for label, name in enumerate(names)}
-    pipe.tokenizer.add_tokens(list(pipe.name2placeholder.values()))
-    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    pipe.name2placeholder = placeholders
     watch_pipeline(card, pipe)
     card.dtype = dtype
     card.start()
     return pipe
 
 
-def place(module: torch.nn.Module, dtype: torch.dtype, channels_last: bool) -> None:
+def place(module: torch.nn.Module, device: str, dtype: torch.dtype, channels_last: bool) -> None:
     """Put a module's weights on the card; `Module.to` refuses fake ones."""
     module.eval().requires_grad_(False)
     for child in module.modules():
         for name, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
             layout = torch.channels_last if channels_last and tensor.ndim == 4 else torch.contiguous_format
             placed_dtype = dtype if tensor.is_floating_point() else tensor.dtype
-            placed = torch.empty(tensor.shape, dtype=placed_dtype, device="cuda", memory_format=layout)
+            placed = torch.empty(tensor.shape, dtype=placed_dtype, device=device, memory_format=layout)
             if name in child._parameters:
                 child._parameters[name] = torch.nn.Parameter(placed, requires_grad=False)
             else:
