@@ -9,6 +9,10 @@ Run by hand; it downloads nothing. The claims on two CPU cores, then a GPU's tab
 --batch_size 1 --num_images 2 --part throughput memory
     uv run python tests/benchmark.py --arch sd15 --device cuda --batch_size 16 --compile --part throughput memory
 
+and what a GPU's costs are bound to be, computed without one:
+
+    uv run python tests/benchmark.py --arch sd15 --device cuda --dry_run
+
 The plain way: a resize per token, LoRA adapters left unfused, contiguous memory, prompts encoded again each batch,
 float pictures on the CPU, PNG at level 6 between the batches; never compiled. Both ways draw the same items.
 """
@@ -38,6 +42,7 @@ import torch
 import transformers
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
+from dry_run import compute_drawing, describe
 from PIL import Image
 from random_models import SHAPES, build
 from safetensors.torch import load_file
@@ -448,8 +453,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the scripts' way, not the plain one")
     parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="default: 5; fewer only to try")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure, default: all")
+    parser.add_argument("--dry_run", action="store_true", help="compute a GPU's costs without one; measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there too")
     options = parser.parse_args()
+    if options.dry_run:
+        if options.arch not in SHAPES or options.device != "cuda":
+            parser.error("--dry_run: give --device cuda and --arch sd15 or tiny")
+        for name in ("batch_size", "num_images", "compile", "repeats", "part"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name}: means nothing to --dry_run")
+        return options
     has_cuda = torch.cuda.is_available()
     options.device = options.device or ("cuda" if has_cuda else "cpu")
     if options.device == "cuda" and not has_cuda:
@@ -482,9 +495,22 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
     )
 
 
+def dry_run(options: argparse.Namespace) -> None:
+    shape, dtype = SHAPES[options.arch], options.dtype or "float16"
+    resolution = options.resolution or shape.resolution
+    usages = compute_drawing(shape, getattr(torch, dtype), options.steps, resolution)
+    setup = f"{options.arch}, {dtype}, {options.steps} steps, {resolution}x{resolution}"
+    print(f"{setup}; torch {torch.__version__}, diffusers {diffusers.__version__}")
+    print(describe(usages, getattr(torch, dtype)))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(usage) for usage in usages], indent=2), encoding="utf-8")
+
+
 def main() -> None:
     options = parse()
     silence_libraries()
+    if options.dry_run:
+        return dry_run(options)
     rows: list[Row] = []
     writer_rows: list[Row] = []
     measured: list[Row]

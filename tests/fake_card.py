@@ -1,4 +1,4 @@
-"""A CUDA card that is not there: models run on it in fake tensors, which have a shape, a type and a device but no values.
+"""A CUDA card that is not there: models run in fake tensors, which have a shape, a type and a device but no values.
 
 What the host does is done for real; what the card does is only followed. PyTorch checks each operator's devices and
 types as it would on a GPU. `FakeCard` adds to that: it counts floating-point operations and live memory, records what
@@ -18,17 +18,17 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from random_models import Shape, build_components, class_names
+from random_models import Shape, build_components, class_names, write_data_set
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from noisecutmix import NoiseCutMixPipeline
+from noisecutmix import NoiseCutMixGenerator, NoiseCutMixPipeline
 
 LONGEST_HEAD_OF_FLASH_ATTENTION = 256
 READS_A_VALUE = {
@@ -73,6 +73,7 @@ class FakeCard(TorchDispatchMode):
         live: bytes of all tensors that are on the card at present.
         weights: bytes that were live at the latest `start`.
         peaks: the most bytes live by part, since the latest `start`.
+        operators: how often each operator ran on the card.
         reads: (part, type, shape) of each tensor that was copied to the host.
         uploads: likewise of each tensor that was copied to the card.
         dtype: the type that floating-point operands have to have in the loop and in the decoder; None is any.
@@ -82,6 +83,7 @@ class FakeCard(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.capacity = capacity
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.dtype: torch.dtype | None = None
         self.part = "around"
         self.live = 0
@@ -94,13 +96,16 @@ class FakeCard(TorchDispatchMode):
         self.weights = self.live
         self.flops: Counter[str] = Counter()
         self.peaks: Counter[str] = Counter()
+        self.operators: Counter[str] = Counter()
         self.reads: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
         self.uploads: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
 
     def __enter__(self) -> "FakeCard":
         with contextlib.ExitStack() as contexts:
-            contexts.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            contexts.enter_context(FusedAttention(self.device))
+            contexts.enter_context(self.fake_mode)
+            contexts.enter_context(
+                mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention)
+            )
             super().__enter__()
             self._contexts = contexts.pop_all()
         return self
@@ -118,6 +123,7 @@ class FakeCard(TorchDispatchMode):
             with unset_fake_temporarily():
                 return operator(*args, **kwargs)
         packet = operator.overloadpacket
+        self.operators[packet.__name__] += 1
         if packet in READS_A_VALUE or _goes_to_host(packet, args, target):
             return self._read(packet, operands)
         if packet in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and not isinstance(operands[-1], FakeTensor):
@@ -168,6 +174,10 @@ class FakeCard(TorchDispatchMode):
         self.live += size
         self.peaks[self.part] = max(self.peaks[self.part], self.live)
 
+    def activations(self, *parts: str) -> int:
+        """Return the most bytes that were live besides the weights, in some parts or in all."""
+        return max(self.peaks[part] for part in parts or self.peaks) - self.weights
+
     @contextlib.contextmanager
     def within(self, part: str) -> Iterator[None]:
         before, self.part = self.part, part
@@ -193,20 +203,6 @@ def _goes_to_host(packet: Any, args: Any, target: Any) -> bool:
     return packet is torch.ops.aten.copy_ and not isinstance(args[0], FakeTensor)
 
 
-class FusedAttention(TorchFunctionMode):
-    """Chooses the attention kernel as PyTorch does on a GPU; without one it would write out every score."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is not torch.nn.functional.scaled_dot_product_attention or args[0].device.type != self.device:
-            return function(*args, **kwargs)
-        return fused_attention(*args, **kwargs)
-
-
 def fused_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -217,7 +213,10 @@ def fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Take FlashAttention where it takes the operands, the memory-efficient kernel elsewhere."""
+    """Choose the kernel as PyTorch does on a GPU: FlashAttention where it takes the operands, else memory-efficient.
+
+    Without a GPU, PyTorch would write out every score.
+    """
     aten = torch.ops.aten
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     if is_half and attn_mask is None and query.shape[-1] <= LONGEST_HEAD_OF_FLASH_ATTENTION:
@@ -228,7 +227,24 @@ def fused_attention(
     )[0]
 
 
-def build_pipeline(card: FakeCard, shape: Shape, dtype: torch.dtype, tokenizer_folder: Path) -> NoiseCutMixPipeline:
+def build_generator(
+    card: FakeCard, shape: Shape, folder: Path, dtype: torch.dtype = torch.float16, **options: Any
+) -> NoiseCutMixGenerator:
+    """Return a generator that draws on the card, which is active; its model's weights have no values."""
+    write_data_set(folder / "data_set.json", shape)
+    pipe = build_pipeline(card, shape, folder / "tokenizer", dtype)
+    with mock.patch("noisecutmix.generator.load_pipeline", lambda *_, **__: pipe):
+        return NoiseCutMixGenerator(
+            device=card.device,
+            data_name=str(folder / "data_set.json"),
+            model="random/weights",
+            ckpt_path=folder,
+            dtype=dtype,
+            **{"resolution": shape.resolution, **options},
+        )
+
+
+def build_pipeline(card: FakeCard, shape: Shape, tokenizer_folder: Path, dtype: torch.dtype) -> NoiseCutMixPipeline:
     """Return a pipeline on the card, which is active, as `load_pipeline` leaves one; weights have no values.
 
     The card knows what runs by then, and checks the types.
