@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fake_card import FakeCard, build_generator, can_fake_cuda
+from fake_card import FakeCard, build_generator, build_pipeline, can_fake_cuda
 from random_models import Shape
 
 GIGABYTE = 10**9
@@ -65,7 +65,8 @@ def compute_drawing(shape: Shape, dtype: torch.dtype, steps: int, resolution: in
     card = FakeCard("cuda" if can_fake_cuda() else "meta")
     with tempfile.TemporaryDirectory() as folder, card:
         options = {"num_inference_steps": steps, "resolution": resolution, "batch_size": max(BATCH_SIZES)}
-        generator = build_generator(card, shape, Path(folder), dtype, **options)
+        pipe = build_pipeline(card, shape, Path(folder), dtype)
+        generator = build_generator(pipe, shape, Path(folder), **options)
         weights_bytes = card.weights
         for batch_size in BATCH_SIZES:
             card.start()

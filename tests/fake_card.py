@@ -85,7 +85,6 @@ class FakeCard(TorchDispatchMode):
         self.capacity = capacity
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.dtype: torch.dtype | None = None
-        self.part = "around"
         self.live = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._contexts = contextlib.ExitStack()
@@ -93,6 +92,7 @@ class FakeCard(TorchDispatchMode):
 
     def start(self) -> None:
         """Count from here on; what is live by now are the weights."""
+        self.part = "around"
         self.weights = self.live
         self.flops: Counter[str] = Counter()
         self.peaks: Counter[str] = Counter()
@@ -227,31 +227,14 @@ def fused_attention(
     )[0]
 
 
-def build_generator(
-    card: FakeCard, shape: Shape, folder: Path, dtype: torch.dtype = torch.float16, **options: Any
-) -> NoiseCutMixGenerator:
-    """Return a generator that draws on the card, which is active; its model's weights have no values."""
-    write_data_set(folder / "data_set.json", shape)
-    pipe = build_pipeline(card, shape, folder / "tokenizer", dtype)
-    with mock.patch("noisecutmix.generator.load_pipeline", lambda *_, **__: pipe):
-        return NoiseCutMixGenerator(
-            device=card.device,
-            data_name=str(folder / "data_set.json"),
-            model="random/weights",
-            ckpt_path=folder,
-            dtype=dtype,
-            **{"resolution": shape.resolution, **options},
-        )
-
-
-def build_pipeline(card: FakeCard, shape: Shape, tokenizer_folder: Path, dtype: torch.dtype) -> NoiseCutMixPipeline:
+def build_pipeline(card: FakeCard, shape: Shape, folder: Path, dtype: torch.dtype) -> NoiseCutMixPipeline:
     """Return a pipeline on the card, which is active, as `load_pipeline` leaves one; weights have no values.
 
     The card knows what runs by then, and checks the types.
     """
     placeholders = {name: f"<class_{label}>" for label, name in enumerate(class_names(shape.num_classes))}
     with unset_fake_temporarily(), torch.device("meta"):
-        components = build_components(tokenizer_folder, shape)
+        components = build_components(folder / "tokenizer", shape)
         components["tokenizer"].add_tokens(list(placeholders.values()))
         components["text_encoder"].resize_token_embeddings(len(components["tokenizer"]), mean_resizing=False)
     scheduler = DPMSolverMultistepScheduler.from_config(components["scheduler"].config, final_sigmas_type="sigma_min")
@@ -269,6 +252,20 @@ def build_pipeline(card: FakeCard, shape: Shape, tokenizer_folder: Path, dtype: 
     card.dtype = dtype
     card.start()
     return pipe
+
+
+def build_generator(pipe: NoiseCutMixPipeline, shape: Shape, folder: Path, **options: Any) -> NoiseCutMixGenerator:
+    """Return a generator that draws with the pipeline in place of a loaded one."""
+    write_data_set(folder / "data_set.json", shape)
+    with mock.patch("noisecutmix.generator.load_pipeline", lambda *_, **__: pipe):
+        return NoiseCutMixGenerator(
+            device=pipe.device.type,
+            data_name=str(folder / "data_set.json"),
+            model="random/weights",
+            ckpt_path=folder,
+            dtype=pipe.dtype,
+            **{"resolution": shape.resolution, **options},
+        )
 
 
 def place(module: torch.nn.Module, device: str, dtype: torch.dtype, channels_last: bool) -> None:
