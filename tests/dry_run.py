@@ -4,6 +4,7 @@
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,16 +60,18 @@ def needed_bytes(weights: int, activations: int) -> float:
     return FIXED_RESERVE + weights + (1 + ACTIVATIONS_RESERVE) * activations
 
 
-def compute_drawing(shape: Shape, dtype: torch.dtype, steps: int, resolution: int) -> list[Usage]:
+def compute_drawing(
+    shape: Shape, dtype: torch.dtype, steps: int, resolution: int, batch_sizes: Sequence[int] = BATCH_SIZES
+) -> list[Usage]:
     """Draw a batch of each size on a fake card, as augmentation.py does."""
     usages: list[Usage] = []
     card = FakeCard("cuda" if can_fake_cuda() else "meta")
     with tempfile.TemporaryDirectory() as folder, card:
-        options = {"num_inference_steps": steps, "resolution": resolution, "batch_size": max(BATCH_SIZES)}
+        options = {"num_inference_steps": steps, "resolution": resolution, "batch_size": max(batch_sizes)}
         pipe = build_pipeline(card, shape, Path(folder), dtype)
         generator = build_generator(pipe, shape, Path(folder), **options)
         weights_bytes = card.weights
-        for batch_size in BATCH_SIZES:
+        for batch_size in batch_sizes:
             card.start()
             generator.draw(list(generator.plan.items(batch_size)))
             decoder_bytes = card.activations("decoder", "around")
