@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,7 +78,9 @@ class OutputFolder:
         lock = FileLock(self.root / ".lock", timeout=LOCK_TIMEOUT)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a file system without flock, where the file itself is the lock
+                lock.acquire()
         except Timeout as error:
             raise InputError(
                 f"`output_dir`: another run is writing into {self.root}; wait or choose another"

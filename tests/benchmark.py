@@ -180,8 +180,7 @@ class ScriptsWay:
             for batch in split(items, self.setup.batch_size):
                 images = self.generator.draw(batch)
                 drawn = time.perf_counter()
-                for item, image in zip(batch, images):
-                    writer.submit(item, image)
+                writer.submit(batch, images)
                 self.seconds_waiting += time.perf_counter() - drawn
             self.seconds_drawing = time.perf_counter() - start
 
@@ -197,12 +196,8 @@ def planned_folder(setup: Setup, num_images: int) -> Iterator[tuple[list[Item], 
     plan = Plan(0, len(names), 1.0, setup.resolution)
     with tempfile.TemporaryDirectory() as root:
         folder = OutputFolder(Path(root), plan, num_images, names)
-        folder.take({}, overwrite=False)
-        folder.begin({})
-        try:
-            yield list(plan.items(num_images)), folder
-        finally:
-            folder.close()
+        folder.begin({}, {"command": sys.argv})
+        yield list(plan.items(num_images)), folder
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
