@@ -1,32 +1,29 @@
 """The output folder of a data set: what lies in it, what is missing, its labels and metadata."""
 
+import collections
 import contextlib
 import os
 import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import BaseFileLock, FileLock, Timeout
 from PIL import Image
-from tqdm import tqdm
 
-from .cutmix import draw_mask
 from .errors import InputError, RunError
-from .files import decode_png, first_bytes_of_png, has_ends_of_png, write_png
-from .labels import LEAST_DIGITS, PREFIXES, LabelFiles, item_file_name
+from .files import decode_png, write_png
+from .items import PARTS, ItemFiles
+from .labels import LabelFiles
 from .plan import Item, Plan
 from .preview import MOST_PICTURES, draw_preview
 from .record import Record, describe_differences
 
-MODES = {"image": "RGB", "mask": "L"}
 WRITTEN = r"(gen|mask)_\d+\.png|preview\.png|run\.json|metadata\.jsonl|soft_label\.npy"
 TEMPORARY = re.compile(rf"\.({WRITTEN})\.[0-9a-f]{{32}}\.tmp")
-LOOKED_AT_ONCE = 1000
 LOCK_TIMEOUT = 1  # seconds; where a file system has no flock, the lock of a killed run is recognised on a second look
 LONGEST_DELAY = 20  # seconds until a change shows on another machine of a shared file system
 
@@ -38,7 +35,7 @@ class OutputFolder:
     `metadata.jsonl` are there once all items are. A run calls, in this order:
 
     1. `held`: the main process locks the folder, or refuses it;
-    2. `has_planned_labels`, `find_whole`: is the data set complete already?
+    2. `has_planned_labels`, `has_whole_files`: is the data set complete already?
     3. `begin`: the main process records the run and removes what an earlier one left unfinished;
     4. `join`: every process sees that record;
     5. `mend`: what is damaged goes, and what is missing is known;
@@ -60,6 +57,7 @@ class OutputFolder:
         self.identity = ""  # of the run that writes here
         self._run_file = root / "run.json"
         self._run_file_content = b""
+        self.items = ItemFiles(root, plan, num_items)
         self._labels = LabelFiles(root, plan, num_items, class_names)
 
     @contextlib.contextmanager
@@ -98,33 +96,8 @@ class OutputFolder:
         return (self.root / "preview.png").is_file() and self._labels.are_as_planned(every_row)
 
     def has_whole_files(self, indices: np.ndarray, every_pixel: bool = False) -> bool:
-        """Return whether all of these items have a whole image and a whole mask; see `find_whole`."""
-        return all(self.find_whole(part, indices, every_pixel).all() for part in MODES)
-
-    def find_whole(self, part: str, indices: np.ndarray, every_pixel: bool = False) -> np.ndarray:
-        """Return which of these items have a whole file: bool, (items,).
-
-        Args:
-            part: "image" or "mask".
-            indices: int64, (items,).
-            every_pixel: decode each file. Otherwise its first and last bytes decide, in which a lost write shows,
-                since files are synced before they get their name.
-
-        Raises:
-            OSError: a file is there and cannot be read.
-        """
-        whole = np.zeros(len(indices), dtype=bool)
-
-        def look(start: int) -> int:
-            some = indices[start : start + LOOKED_AT_ONCE].tolist()
-            whole[start : start + len(some)] = [self._is_whole(part, index, every_pixel) for index in some]
-            return len(some)
-
-        bar = tqdm(total=len(indices), desc=f"checking what is in {part}", unit="file", leave=False, delay=2)
-        with ThreadPoolExecutor() as pool, bar:
-            for looked_at in pool.map(look, range(0, len(indices), LOOKED_AT_ONCE)):
-                bar.update(looked_at)
-        return whole
+        """Return whether all of these items have a whole image and a whole mask; see `ItemFiles`."""
+        return all(self.items.find_whole(part, indices, every_pixel).all() for part in PARTS)
 
     def begin(self, options: dict[str, Any], run: dict[str, Any], overwrite: bool = False) -> None:
         """Record this run in run.json, then remove what an interrupted or overwritten run left.
@@ -145,20 +118,18 @@ class OutputFolder:
         record = Record(self.num_items, options, runs, is_cleared)
         self.identity = record.identity
         record.write(self._run_file)
-        for folder in (self.root, *(self.root / part for part in MODES)):
+        for folder in (self.root, *(self.root / part for part in PARTS)):
             folder.mkdir(exist_ok=True)
             for entry in os.scandir(folder):
                 if TEMPORARY.fullmatch(entry.name):
                     os.unlink(entry)
         self._labels.delete()
         if not record.is_cleared:
-            for part in MODES:
-                for _, file in self._scan(part):
-                    file.unlink()
+            self.items.delete()
             (self.root / "preview.png").unlink(missing_ok=True)
             record.is_cleared = True
             record.write(self._run_file)
-        self._rename_to_digits()
+        self.items.rename()
         self._run_file_content = self._run_file.read_bytes()
 
     def join(self, identity: str) -> None:
@@ -180,12 +151,12 @@ class OutputFolder:
 
     def mend(self, indices: np.ndarray, every_pixel: bool = False) -> np.ndarray:
         """Delete damaged images, write missing masks anew, and return the indices without an image, int64."""
-        has_image = self.find_whole("image", indices, every_pixel)
-        has_mask = self.find_whole("mask", indices, every_pixel)
+        has_image = self.items.find_whole("image", indices, every_pixel)
+        has_mask = self.items.find_whole("mask", indices, every_pixel)
         for index in indices[~has_image].tolist():
-            self.image_file(index).unlink(missing_ok=True)
+            self.items.path("image", index).unlink(missing_ok=True)
         for index in indices[has_image & ~has_mask].tolist():
-            self._write_mask(self.plan.item(index))
+            self.items.write_mask(self.plan.item(index), self._check_still_held)
         missing: np.ndarray = indices[~has_image]
         return missing
 
@@ -195,8 +166,8 @@ class OutputFolder:
         Raises:
             RunError: another run has taken the folder.
         """
-        self._write_mask(item)
-        write_png(self.image_file(item.index), image, check=self._check_still_held)
+        self.items.write_mask(item, self._check_still_held)
+        write_png(self.items.path("image", item.index), image, check=self._check_still_held)
 
     def finish(self) -> None:
         """Write preview.png, metadata.jsonl and, last, soft_label.npy: the data set is complete.
@@ -204,11 +175,9 @@ class OutputFolder:
         Raises:
             RunError: an item is not there, or another run has taken the folder.
         """
-        for part in MODES:
-            is_there = np.zeros(self.num_items, dtype=bool)
-            is_there[[index for index, file in self._scan(part) if file == self._file(part, index)]] = True
-            if not is_there.all():
-                raise RunError(f"{self._file(part, int(is_there.argmin()))} is not there; the same command goes on")
+        for part in PARTS:
+            if missing := self.items.find_missing(part):
+                raise RunError(f"{missing} is not there; the same command goes on")
         items = [self.plan.item(index) for index in range(min(self.num_items, MOST_PICTURES))]
         images = [self._read_image(item.index) for item in items]
         preview = draw_preview(images, items, self.class_names)
@@ -221,17 +190,8 @@ class OutputFolder:
         if overwrite and (record is None or record.identity != self.identity):
             return ""
         is_cleared = record is None or record.is_cleared
-        count = sum(1 for index, _ in self._scan("image") if index < self.num_items) if is_cleared else 0
+        count = sum(1 for index, _ in self.items.scan("image") if index < self.num_items) if is_cleared else 0
         return f"{count} of {self.num_items} items are done"
-
-    def image_file(self, index: int) -> Path:
-        return self._file("image", index)
-
-    def mask_file(self, index: int) -> Path:
-        return self._file("mask", index)
-
-    def _file(self, part: str, index: int) -> Path:
-        return self.root / item_file_name(part, index, self.num_items)
 
     def _release(self, lock: BaseFileLock, new_folders: list[Path]) -> None:
         """Release the lock, and remove the folders that were made for a run which then wrote nothing."""
@@ -244,66 +204,23 @@ class OutputFolder:
                 folder.rmdir()
 
     def _read_image(self, index: int) -> Image.Image:
-        image = decode_png(self.image_file(index))
+        image = decode_png(self.items.path("image", index))
         if image is None:
-            raise RunError(f"{self.image_file(index)} is damaged; the same command with `verify` goes on")
+            raise RunError(f"{self.items.path('image', index)} is damaged; the same command with `verify` goes on")
         return image
-
-    def _mask_comment(self, index: int) -> str:
-        """Return what decides a mask, so that the file itself shows whether it is the planned one."""
-        return f"seed {self.plan.seed}, item {index}, alpha {self.plan.alpha}"
-
-    def _write_mask(self, item: Item) -> None:
-        mask = draw_mask(item.box, item.resolution, item.resolution)
-        write_png(self.mask_file(item.index), mask, self._mask_comment(item.index), self._check_still_held)
 
     def _check_still_held(self) -> None:
         if self._run_file.read_bytes() != self._run_file_content:
             raise RunError(f"another run has taken {self.root}; this one stops")
 
-    def _is_whole(self, part: str, index: int, every_pixel: bool) -> bool:
-        file, side, mode = self._file(part, index), self.plan.resolution, MODES[part]
-        comment = self._mask_comment(index) if part == "mask" else ""
-        try:
-            if not every_pixel and has_ends_of_png(file, first_bytes_of_png(side, mode, comment)):
-                return True
-            image = decode_png(file)
-        except FileNotFoundError:
-            return False
-        if image is None or (image.mode, image.size) != (mode, (side, side)):
-            return False
-        return part == "image" or image.tobytes() == draw_mask(self.plan.item(index).box, side, side).tobytes()
-
-    def _scan(self, part: str) -> Iterator[tuple[int, Path]]:
-        """Yield (index, file) of this program's pictures, in no order. A run of fewer items wrote fewer digits."""
-        pattern = re.compile(rf"{PREFIXES[part]}_(\d{{{LEAST_DIGITS},}})\.png")
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root / part) as entries:
-            for entry in entries:
-                match = pattern.fullmatch(entry.name)
-                if match and entry.is_dir(follow_symlinks=False):
-                    raise InputError(f"`output_dir`: {entry.path} is a folder; move it away")
-                if match:
-                    yield int(match[1]), Path(entry.path)
-
-    def _rename_to_digits(self) -> None:
-        """Give the files of a run of fewer items this number of items' digits. No file is replaced."""
-        for part in MODES:
-            for index, file in list(self._scan(part)):
-                name = self._file(part, index)
-                if index < self.num_items and len(file.name) < len(name.name) and not name.exists():
-                    os.rename(file, name)
-
     def _check_usable(self, options: dict[str, Any], overwrite: bool) -> None:
         """Raise InputError where a run with these options may not write into the folder."""
         record = Record.read(self._run_file)
-        for part in MODES:
-            if (self.root / part).exists() and not (self.root / part).is_dir():
-                raise InputError(f"`output_dir`: {self.root / part} is not a folder; move it away")
-            for _ in self._scan(part):
-                pass
+        for part in PARTS:
+            collections.deque(self.items.scan(part), maxlen=0)  # refuses folders in the place of files
         if record is None:
             foreign = [file for file in (self._labels.metadata, self._labels.labels) if file.exists()]
-            foreign += [file for part in MODES for file in (self.root / part).glob("[!.]*")]
+            foreign += [file for part in PARTS for file in (self.root / part).glob("[!.]*")]
             if foreign:
                 raise InputError(f"`output_dir`: {foreign[0]} is not from this program; choose another folder")
         elif not overwrite:

@@ -131,8 +131,8 @@ class PlainWay:
     def run(self, items: list[Item], folder: OutputFolder) -> None:
         for batch in split(items, self.setup.batch_size):
             for item, image in zip(batch, self._draw(batch)):
-                draw_mask(item.box, *image.size).save(folder.mask_file(item.index), compress_level=6)
-                image.save(folder.image_file(item.index), compress_level=6)
+                draw_mask(item.box, *image.size).save(folder.items.path("mask", item.index), compress_level=6)
+                image.save(folder.items.path("image", item.index), compress_level=6)
 
     def _draw(self, batch: list[Item]) -> list[Image.Image]:
         side = self.setup.resolution
@@ -305,7 +305,7 @@ def measure_throughput(setup: Setup, repeats: int) -> tuple[list[Row], dict[str,
     for way in ways:  # the first run warms up and shows what is drawn
         with planned_folder(setup, setup.num_images) as (items, folder):
             way.run(items, folder)
-            pictures.append(np.stack([np.asarray(Image.open(folder.image_file(item.index))) for item in items]))
+            pictures.append(np.stack([np.asarray(Image.open(folder.items.path("image", item.index))) for item in items]))
 
     names = ["pictures a second", "wall time outside UNet and VAE (%)", "time per UNet evaluation (ms)"]
     values: dict[str, list[list[float]]] = {name: [[], []] for name in names}

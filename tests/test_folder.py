@@ -45,7 +45,7 @@ def test_a_run_writes_nothing_into_a_folder_that_a_later_run_took(tmp_path):
     for action in (lambda: earlier.write(earlier.plan.item(1), black()), earlier.finish):
         with pytest.raises(RunError, match=r"another run has taken|is not there"):
             action()
-    assert not later.image_file(0).exists() and not later.image_file(1).exists()
+    assert not later.items.path("image", 0).exists() and not later.items.path("image", 1).exists()
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
@@ -223,7 +223,7 @@ def test_names_with_more_digits_replace_no_file(tmp_path):
     small.write(small.plan.item(1), black())
     Image.new("RGB", (16, 16), "white").save(tmp_path / "out" / "image" / "gen_00001.png")
     large = begin_folder(tmp_path / "out", 10_001)
-    assert Image.open(large.image_file(1)).getpixel((0, 0)) == (255, 255, 255)
+    assert Image.open(large.items.path("image", 1)).getpixel((0, 0)) == (255, 255, 255)
     assert Image.open(tmp_path / "out" / "image" / "gen_0001.png").getpixel((0, 0)) == (0, 0, 0)
 
 
@@ -235,7 +235,7 @@ def test_a_wrong_mask_is_written_anew(whole, tmp_path, tiny_arguments):
     boxes = [(Plan(0, 3, 1.0, 16).item(index).box, other.plan.item(index).box) for index in range(20)]
     index = next(index for index, (box, other_box) in enumerate(boxes) if box != other_box and index not in (2, 5))
     other.write(other.plan.item(index), black())
-    shutil.copy(other.mask_file(index), out / "mask" / f"mask_{index:04d}.png")
+    shutil.copy(other.items.path("mask", index), out / "mask" / f"mask_{index:04d}.png")
     run_to_the_end(tmp_path, tiny_arguments, 20)
     assert files_of(out) == files_of(whole)
 
