@@ -4,89 +4,94 @@ python augmentation.py --data_name=digits --num_aug=32 --output_dir=outputs/digi
 accelerate launch --num_processes=8 augmentation.py --data_name=cub --num_aug=10000
 """
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from noisecutmix import cli, script
+from noisecutmix.launch import Launch, choose_device
 
 if TYPE_CHECKING:
     import numpy as np
 
     from noisecutmix.folder import OutputFolder
     from noisecutmix.generator import NoiseCutMixGenerator
-    from noisecutmix.launch import Processes
 
 
 def main() -> None:
     options = cli.parse_augmentation()
-    device = script.choose_device(options.device)
+    launch = Launch()
+    device = choose_device(options.device)
 
     # heavy imports, once the arguments are known to be good
+    import numpy as np
+
+    from noisecutmix import record
     from noisecutmix.folder import OutputFolder
-    from noisecutmix.launch import Processes
     from noisecutmix.plan import Plan
 
-    class_names = options.classes.names
-    plan = Plan(options.seed, len(class_names), options.alpha, options.resolution)
-    folder = OutputFolder(options.output_dir, plan, options.num_aug, class_names)
-    processes = Processes()
-    try:
-        with script.telling_progress(folder, options.overwrite):
-            shaping = script.options_that_shape_the_data(options, device)
-            script.compare_with_main_process(shaping, processes.broadcast(shaping))
-            if processes.is_main:
-                folder.take(shaping, options.overwrite)
-            is_complete = processes.is_main and not options.overwrite and folder.is_complete()
-            if not processes.broadcast(is_complete):
+    plan = Plan(options.seed, len(options.classes.names), options.alpha, options.resolution)
+    folder = OutputFolder(options.output_dir, plan, options.num_aug, options.classes.names)
+    # blocks of indices, drawn as one batch each; this process draws every n-th block, n being the number of processes
+    blocks = np.arange(options.num_aug) // options.batch_size
+    share = np.flatnonzero(blocks % launch.count == launch.rank)
+
+    how_to_go_on = "the same command without --overwrite goes on" if options.overwrite else "the same command goes on"
+    with script.adding_progress(lambda: folder.describe_progress(options.overwrite), how_to_go_on), launch:
+        shape = record.describe_shape(options, device)
+        record.check_same_as_main(shape, launch.broadcast(shape))
+        with folder.held(shape, options.overwrite) if launch.is_main else contextlib.nullcontext():
+            is_complete = launch.broadcast(
+                launch.is_main and not options.overwrite and folder.has_planned_labels(options.verify)
+            ) and all(launch.gather(folder.has_whole_files(share, options.verify)))
+            if not is_complete:
+                from noisecutmix.generator import create_generator
+
                 # before anything is written: model and checkpoint may be wrong
-                generator = script.create_generator(options, processes.own_device(device))
-                if processes.is_main:
-                    folder.begin(script.describe_run(options, device))
-                missing = processes.broadcast(folder.find_missing() if processes.is_main else None)
-                draw_missing(generator, options.batch_size, processes, folder, missing)
-                if processes.is_main:
+                generator = create_generator(options, device, plan)
+                if launch.is_main:
+                    folder.begin(shape, record.describe_run(options, device), options.overwrite)
+                folder.join(launch.broadcast(folder.identity))
+                draw_missing(generator, folder, launch, share, options.batch_size, options.verify)
+                launch.wait_for_others()
+                if launch.is_main:
                     folder.finish()
-    finally:
-        folder.close()
-    if processes.is_main:
+    if launch.is_main:
         print(f"{options.output_dir} is complete: {options.num_aug} items")
 
 
 def draw_missing(
     generator: "NoiseCutMixGenerator",
-    batch_size: int,
-    processes: "Processes",
     folder: "OutputFolder",
-    missing: "np.ndarray",
+    launch: Launch,
+    share: "np.ndarray",
+    batch_size: int,
+    verify: bool,
 ) -> None:
-    """Draw this process's share: of the batches of missing items, every n-th, n being the number of processes."""
-    import numpy as np
+    """Draw each block of this share in which an item is missing, whole, and write what is missing of it.
+
+    An item is always drawn in the same company, so its bytes do not depend on what an earlier run left.
+    """
     from tqdm import tqdm
 
     from noisecutmix.files import BackgroundWriter
 
-    batch_of = np.arange(len(missing)) // batch_size
-    shares = [missing[batch_of % processes.count == rank] for rank in range(processes.count)]
-    seen = [0] * processes.count
-    done = folder.num_items - len(missing)
-    with tqdm(total=folder.num_items, initial=done, unit="image", disable=not processes.is_main) as bar:
-
-        def show_peers() -> None:
-            for rank, share in enumerate(shares):
-                is_shown = processes.is_main and rank != processes.rank
-                while is_shown and seen[rank] < len(share) and folder.image_file(share[seen[rank]]).exists():
-                    seen[rank] += 1
-                    bar.update()
-
-        with BackgroundWriter(folder.write) as writer:
-            own = shares[processes.rank]
-            for start in range(0, len(own), batch_size):
-                items = [folder.plan.item(index) for index in own[start : start + batch_size].tolist()]
-                for item, image in zip(items, generator.draw(items)):
-                    writer.submit(item, image)
-                bar.update(len(items))
-                show_peers()
-        processes.wait(while_waiting=show_peers)
-        show_peers()
+    missing = set(folder.mend(share, verify).tolist())
+    bar = tqdm(
+        total=len(share),
+        initial=len(share) - len(missing),
+        unit="image",
+        desc=f"process 0 of {launch.count}" if launch.count > 1 else None,
+        disable=not launch.is_main,
+    )
+    with BackgroundWriter(folder.write) as writer, bar:
+        for start in sorted({index - index % batch_size for index in missing}):
+            script.check_signals()
+            launch.check_others()
+            items = [folder.plan.item(index) for index in range(start, start + batch_size)]
+            images = generator.draw(items)
+            wanted = [(item, image) for item, image in zip(items, images) if item.index in missing]
+            writer.submit(*zip(*wanted))
+            bar.update(len(wanted))
 
 
 if __name__ == "__main__":

@@ -14,16 +14,17 @@ Names are loaded on first use, so that importing the package imports no torch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .augmented import AugmentedDataset, MixedDataset
-    from .checkpoint import load_pipeline
-    from .cutmix import make_mask_and_ratio
-    from .generator import NoiseCutMixGenerator
-    from .pipeline import NoiseCutMixPipeline
+if TYPE_CHECKING:  # a name imported as itself is one that users may import
+    from .augmented import AugmentedDataset as AugmentedDataset
+    from .augmented import MixedDataset as MixedDataset
+    from .checkpoint import load_pipeline as load_pipeline
+    from .cutmix import make_mask_and_ratio as make_mask_and_ratio
+    from .generator import NoiseCutMixGenerator as NoiseCutMixGenerator
+    from .pipeline import NoiseCutMixPipeline as NoiseCutMixPipeline
 
 __version__ = "1.0.0"
 
-_ROOMS = {
+_modules = {
     "AugmentedDataset": "augmented",
     "MixedDataset": "augmented",
     "NoiseCutMixGenerator": "generator",
@@ -31,21 +32,13 @@ _ROOMS = {
     "load_pipeline": "checkpoint",
     "make_mask_and_ratio": "cutmix",
 }
-
-__all__ = [
-    "AugmentedDataset",
-    "MixedDataset",
-    "NoiseCutMixGenerator",
-    "NoiseCutMixPipeline",
-    "load_pipeline",
-    "make_mask_and_ratio",
-]
+__all__ = list(_modules)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_ROOMS[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_modules[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,46 +1,50 @@
 """An output folder as a torch data set, alone and mixed with real pictures."""
 
+import contextlib
 import json
+import os
+import re
 import shlex
-from collections.abc import Callable, Sized
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from .errors import InputError
+from .ranges import Range, is_whole_number
+
+LARGEST_SUM_ERROR = 0.01  # of a soft label; float16 of 200 classes stays well below
 
 
 class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
-    """The pictures and soft labels of a folder that `augmentation.py` completed, by row.
+    """The pictures and soft labels of a folder that `augmentation.py` completed.
+
+    Item i is (image, soft label): the label is float32, (num_classes,), sum 1. The label array is memory-mapped and
+    file names follow from the index, so a DataLoader's workers take no memory for either.
 
     Args:
         root: the output folder.
-        transform: what makes the model's input of an RGB picture; None gives the PIL picture.
-
-    Item i is (image, soft label): the label is float32, (num_classes,), sum 1. The label array is memory-mapped, so
-    DataLoader workers share it, also where they are spawned.
+        transform: a function from an RGB picture to the model's input; None gives the PIL picture.
 
     Raises:
-        InputError: the folder is no data set, not complete (the message tells how far it is), or not consistent.
+        InputError: the folder is not a data set, cannot be read, is not complete (the message says how many items are
+            done), or its files do not agree. The message gives the command that mends it.
     """
 
     def __init__(self, root: str | Path, transform: Callable[[Image.Image], Any] | None = None):
         self.root = Path(root).absolute()  # a later change of the working directory does not matter
         self.transform = transform
-        self.file_names = self._read_file_names()
         self._soft_labels: np.ndarray | None = None
-        if len(self.soft_labels) != len(self.file_names):
-            raise InputError(
-                f"{self.root}: soft_label.npy has {len(self.soft_labels)} rows, metadata.jsonl {len(self.file_names)}; "
-                f"make it whole with: {self._command()}"
-            )
-        missing = next((name for name in self.file_names if not (self.root / name).is_file()), None)
-        if missing is not None:
-            raise InputError(f"{self.root}: {missing} is missing; make it whole with: {self._command()}")
+        try:
+            num_items, self._command = self._read_run()
+            self._check_files(num_items)
+        except OSError as error:
+            raise InputError(f"{error.filename or self.root} cannot be read: {error.strerror}") from error
 
     @property
     def soft_labels(self) -> np.ndarray:
@@ -48,10 +52,12 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         if self._soft_labels is None:
             try:
                 labels = np.load(self.root / "soft_label.npy", mmap_mode="r", allow_pickle=False)
-                if labels.ndim != 2:
-                    raise ValueError(f"its shape is {labels.shape}")
-            except Exception as error:  # a damaged header fails in many ways, and each means the same
-                raise InputError(f"{self.root}: soft_label.npy is damaged; mend with: {self._command()}") from error
+                if labels.ndim != 2 or labels.dtype != np.float32:
+                    raise ValueError(f"it holds {labels.dtype} of the shape {labels.shape}")
+            except OSError:
+                raise
+            except Exception as error:  # numpy fails on a damaged header in many ways, which all mean the same
+                raise self._unfit("soft_label.npy is damaged") from error
             self._soft_labels = labels
         return self._soft_labels
 
@@ -59,61 +65,105 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
     def num_classes(self) -> int:
         return int(self.soft_labels.shape[1])
 
+    @cached_property
+    def file_names(self) -> list[str]:
+        """The pictures' paths below `root`, in order; made on first use."""
+        return [self._file_name(index) for index in range(len(self))]
+
     def __len__(self) -> int:
-        return len(self.file_names)
+        return len(self.soft_labels)
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
-        with Image.open(self.root / self.file_names[index]) as file:
+        index = _position(index, len(self))
+        with Image.open(self.root / self._file_name(index)) as file:
             image = file.convert("RGB")
         label = torch.from_numpy(np.array(self.soft_labels[index]))
         return (image if self.transform is None else self.transform(image)), label
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_soft_labels": None}  # a worker maps the file itself
+        state = {**self.__dict__, "_soft_labels": None}  # a worker maps the file itself
+        state.pop("file_names", None)
+        return state
 
-    def _read_file_names(self) -> list[str]:
-        run = self._read_run()
-        metadata = self.root / "metadata.jsonl"
-        if not metadata.is_file() or not (self.root / "soft_label.npy").is_file():
+    def _file_name(self, index: int) -> str:
+        return f"image/gen_{index:0{self._num_digits}d}.png"
+
+    def _read_run(self) -> tuple[int, str]:
+        """Return how many items run.json plans, and the command that completes them in this folder."""
+        try:
+            run = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
+            num_items, words = run["num_aug"], run["runs"][-1]["command"]
+            if not is_whole_number(num_items) or not isinstance(words, list) or not words:
+                raise TypeError
+            # the folder may be a copy: the command has to mend this one, not the one that it was written for
+            words = [w for last, w in zip(["", *words], words) if "--output_dir" not in (last, w.partition("=")[0])]
+            command = shlex.join([*words, f"--output_dir={self.root}"])
+            if run.get("is_cleared") is False:  # the files may still be those of the data set that it replaces
+                raise InputError(f"{self.root}: the data set is being overwritten; go on with: {command}")
+            return num_items, command
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"{self.root} holds no run.json of augmentation.py; it is no data set of ours") from error
+        except InputError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{self.root}: run.json is not as augmentation.py writes it") from error
+
+    def _check_files(self, num_items: int) -> None:
+        """Refuse files that are missing or do not agree."""
+        if not all((self.root / name).is_file() for name in ("metadata.jsonl", "soft_label.npy")):
             done = sum(1 for _ in (self.root / "image").glob("gen_*.png"))
-            raise InputError(
-                f"{self.root} is not complete, {done} of {run['num_aug']} items are done; go on with: {self._command()}"
-            )
-        try:
-            with open(metadata, encoding="utf-8") as lines:
-                return [json.loads(line)["file_name"] for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.root}: metadata.jsonl is damaged; mend with: {self._command()}") from error
+            raise self._unfit(f"the data set is not complete, {done} of {num_items} items are done", "go on")
+        num_rows, self._num_digits = self._read_metadata()
+        if len(self) != num_rows:
+            raise self._unfit(f"soft_label.npy has {len(self)} rows, metadata.jsonl {num_rows}")
+        is_there = np.zeros(num_rows, dtype=bool)
+        picture = re.compile(rf"gen_([0-9]{{{self._num_digits}}})\.png")
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root / "image") as entries:
+            for entry in entries:  # one listing of the folder is cheaper than a look at each file
+                match = picture.fullmatch(entry.name)
+                if match and int(match[1]) < num_rows and entry.is_file():
+                    is_there[int(match[1])] = True
+        if not is_there.all():
+            raise self._unfit(f"{self._file_name(int(is_there.argmin()))} is missing")
 
-    def _read_run(self) -> dict[str, Any]:
+    def _read_metadata(self) -> tuple[int, int]:
+        """Return the number of rows and of digits; row i has to be of picture i."""
+        num_rows = 0
         try:
-            run: dict[str, Any] = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
-            if {"num_aug", "runs"} <= run.keys():
-                return run
-        except (OSError, ValueError, AttributeError):
-            pass
-        raise InputError(f"{self.root} holds no run.json of augmentation.py; it is no data set of ours")
+            with open(self.root / "metadata.jsonl", "rb") as lines:
+                first = re.fullmatch(r"image/gen_(0+)\.png", json.loads(lines.readline())["file_name"])
+                num_digits = len(first[1] if first else "")
+                lines.seek(0)
+                for num_rows, line in enumerate(lines, start=1):
+                    name = b"image/gen_%0*d.png" % (num_digits, num_rows - 1)
+                    # nearly all lines are as they were written, which is known without reading them as JSON
+                    is_as_written = line.startswith(b'{"file_name": "%s", "' % name) and line.endswith(b"}\n")
+                    if not is_as_written and json.loads(line)["file_name"] != name.decode():
+                        raise ValueError(f"row {num_rows} is not of {name.decode()}")
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._unfit("metadata.jsonl is damaged") from error
+        return num_rows, num_digits
 
-    def _command(self) -> str:
-        return shlex.join(self._read_run()["runs"][-1]["command"])
+    def _unfit(self, problem: str, remedy: str = "mend") -> InputError:
+        return InputError(f"{self.root}: {problem}; {remedy} with: {self._command}")
 
 
 class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
     """Real pictures, each replaced by a random augmented one with a given probability, as in Diff-Mix's training.
 
+    Item i is (image, soft label float32 (num_classes,)), so `torch.nn.functional.cross_entropy(logits, soft_labels)`
+    takes every batch. What item i is depends on the seed, the epoch, i, and how often i was drawn since `set_epoch`,
+    and on nothing else: neither on the process nor on a DataLoader's workers or order.
+
     Args:
         real: a data set of (image, label), the label a class number or a soft label (num_classes,).
         augmented: a data set of (image, soft label), transformed as `real` is.
         probability: of an augmented item, 0 to 1.
-        num_classes: to make class numbers one-hot.
-        seed: decides what is replaced and by what. Item i's n-th draw is a function of (seed, i, n); draws are counted
-            in shared memory, so epochs differ; neither workers nor shuffling change an epoch that has each item once.
-
-    Item i is (image, soft label float32 (num_classes,)), so `torch.nn.functional.cross_entropy(logits, soft_labels)`
-    takes every batch.
+        num_classes: the length of the soft labels.
+        seed: at least 0; decides what is replaced and by what.
 
     Raises:
-        ValueError: the probability lies outside 0 to 1, there is nothing to draw, or a label does not fit num_classes.
+        ValueError: an argument has a wrong type or range, there is nothing to draw, or a label does not fit.
     """
 
     def __init__(
@@ -124,41 +174,85 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         num_classes: int,
         seed: int = 0,
     ):
-        if not 0 <= probability <= 1:
-            raise ValueError(f"`probability` has to lie within 0 to 1 but is {probability}.")
+        for name, data_set in (("real", real), ("augmented", augmented)):
+            if isinstance(data_set, IterableDataset) or not hasattr(data_set, "__len__"):
+                kind = type(data_set).__name__
+                raise InputError(f"`{name}`: has to be a data set with a length and items by index, not {kind}")
+        Range(float, 0, 1).check("probability", probability)
+        Range(int, 1).check("num_classes", num_classes)
+        Range(int, 0).check("seed", seed)
         if probability > 0 and not _length(augmented):
-            raise ValueError("`augmented` is empty.")
+            raise InputError("`augmented` is empty.")
         if getattr(augmented, "num_classes", num_classes) != num_classes:
-            raise ValueError(f"`num_classes` is {num_classes} but the augmented labels have another number of classes.")
+            raise InputError(f"`num_classes` is {num_classes} but the augmented labels have another number of classes.")
         self.real = real
         self.augmented = augmented
         self.probability = probability
         self.num_classes = num_classes
         self.seed = seed
-        self._draws = torch.zeros(_length(real), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._share_counts()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, as with DistributedSampler; call it in every process, before the DataLoader is iterated.
+
+        It reaches a DataLoader's running workers, too. A training that goes on at epoch e draws what one without an
+        interruption draws there. Without it, epochs of one process still differ, by how often each item was drawn.
+
+        Args:
+            epoch: its number, at least 0.
+        """
+        Range(int, 0).check("epoch", epoch)
+        if self._process != os.getpid():  # this process is a rank that was given the data set by its launcher
+            self._share_counts()
+        self._counts[0] = epoch
+        self._counts[1:] = 0
 
     def __len__(self) -> int:
         return _length(self.real)
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
-        index = range(len(self))[index]  # counts a negative index from the end, refuses one outside
-        rng = np.random.default_rng([self.seed, index, int(self._draws[index])])
-        self._draws[index] += 1
+        index = _position(index, len(self))
+        epoch, draws = int(self._counts[0]), int(self._counts[1 + index])
+        self._counts[1 + index] += 1
+        rng = np.random.default_rng([self.seed, epoch, index, draws])
         if rng.random() < self.probability:
             image, label = self.augmented[int(rng.integers(_length(self.augmented)))]
         else:
             image, label = self.real[index]
         return image, self._soften(label)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._counts.share_memory_()  # a copy's counts would lie in memory of its own
+
+    def _share_counts(self) -> None:
+        """Make the epoch and, behind it, how often each item was drawn in it: in memory that workers share."""
+        counts = torch.zeros(1 + len(self), dtype=torch.int64)
+        self._counts = counts.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._process = os.getpid()
+
     def _soften(self, label_or_class: Any) -> torch.Tensor:
-        label: torch.Tensor = torch.as_tensor(label_or_class)
-        if label.ndim == 0 and not label.is_floating_point() and 0 <= label < self.num_classes:
+        wrong = f"a label has to be a class below {self.num_classes} or that many shares of sum 1, not {label_or_class}"
+        try:
+            label: torch.Tensor = torch.as_tensor(label_or_class)
+        except (TypeError, ValueError, RuntimeError) as error:  # no number, for one
+            raise ValueError(wrong) from error
+        is_class = label.ndim == 0 and not label.is_floating_point() and label.dtype != torch.bool
+        if is_class and 0 <= label < self.num_classes:
             label = torch.nn.functional.one_hot(label.long(), self.num_classes)
-        if label.shape != (self.num_classes,):
-            raise ValueError(f"a label has to be a class below {self.num_classes} or that many shares but is {label}.")
+        if label.shape != (self.num_classes,) or label.min() < 0 or not abs(label.sum() - 1) < LARGEST_SUM_ERROR:
+            raise ValueError(wrong)
         return label.float()
 
 
-def _length(data_set: Dataset[Any]) -> int:
-    assert isinstance(data_set, Sized)
+def _position(index: int, length: int) -> int:
+    """Return an index from 0 on; a negative one counts from the end."""
+    if not hasattr(index, "__index__") or isinstance(index, bool):
+        raise TypeError(f"`index` has to be a whole number but is {index!r}; torch.utils.data.Subset takes several.")
+    if not -length <= index < length:
+        raise IndexError(f"`index` has to lie below {length} but is {index}.")
+    return int(index) % length
+
+
+def _length(data_set: Any) -> int:
     return len(data_set)

@@ -1,30 +1,38 @@
 """Read a Diff-Mix checkpoint (UNet LoRA and learned tokens) and put it into a pipeline."""
 
-import difflib
 import io
-import re
-import warnings
-from collections.abc import Iterable, Sequence
+import json
+import pickle
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
-from diffusers.utils import convert_unet_state_dict_to_peft
-from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .classes import EMBEDDINGS_FILE, LORA_FILE, normalise
-from .errors import InputError, first_line
+from .classes import EMBEDDINGS_FILE, LORA_FILE, find_repeated, normalise
+from .errors import InputError, first_line, is_out_of_memory
 from .files import atomic_file
-from .pipeline import NoiseCutMixPipeline
+from .quiet import quiet_libraries
+from .sources import ADAPTER_FILE, find_checkpoint_files, find_model
+
+with quiet_libraries():  # transformers warns of packages that are not needed here
+    from diffusers import DPMSolverMultistepScheduler
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft import get_peft_model_state_dict
+
+    from .pipeline import NoiseCutMixPipeline
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+Tensors = dict[str, torch.Tensor]
 
 
 def load_pipeline(
     model: str,
     ckpt_path: str | Path,
     device: str | torch.device = "cuda",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> NoiseCutMixPipeline:
     """Load a Stable Diffusion model and a Diff-Mix checkpoint, ready to draw.
 
@@ -32,202 +40,230 @@ def load_pipeline(
     ending at `sigma_min`, as in the method's first implementation. There is no safety checker.
 
     Args:
-        model: a hub id or a local diffusers folder; safetensors only.
-        ckpt_path: a folder with `pytorch_lora_weights.safetensors` and `learned_embeds-steps-last.bin`.
+        model: a local diffusers folder or a hub id, also "id@revision". Safetensors are preferred; `.bin` files are
+            read too, with `weights_only=True`.
+        ckpt_path: a folder with `learned_embeds-steps-last.bin` and `pytorch_lora_weights.safetensors` (or `.bin`). An
+            `adapter_config.json` beside them, as peft writes it, gives the LoRA's strength.
         device: where to draw.
-        dtype: None is float16 on cuda and float32 elsewhere.
+        dtype: float16, bfloat16 or float32, as a torch.dtype or its name; None is float16 on cuda, else float32.
 
     Returns:
-        The pipeline; `name2placeholder` maps each class name of the checkpoint to its token.
+        The pipeline. `name2placeholder` maps the checkpoint's class names to their tokens, `placeholder2name` back; in
+        the names, '/' and '_' are spaces.
 
     Raises:
         InputError: the device is not there, the model or the checkpoint cannot be read, or they do not fit each other.
     """
-    device = torch.device(device)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        raise InputError(f"--device: {device} cannot be used: {first_line(error)}") from error
+    device = _find_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-    lora_file, embeddings_file = Path(ckpt_path) / LORA_FILE, Path(ckpt_path) / EMBEDDINGS_FILE
-    for file in (lora_file, embeddings_file):
-        if not file.is_file():
-            raise InputError(f"--ckpt_path: {file} is missing; a Diff-Mix checkpoint has {file.name}")
-    embeddings, name2placeholder = _read_embeddings(embeddings_file)
-
-    # new weights are first drawn at random, by torch and peft, and from the global state
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # diffusers 0.42 warns of torch_dtype's new name, which 0.35 does not know
-        warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
-        pipe = _load_model(model, prefer_half=dtype == torch.float16)
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES.values():
+        raise InputError(f"`dtype`: has to be {', '.join(DTYPES)} or None, not {dtype!r}")
+    lora_file, embeddings_file, settings_file = find_checkpoint_files(Path(ckpt_path))
+    with quiet_libraries():
+        embeddings, name2placeholder = _read_embeddings(embeddings_file)
+        lora, settings = _read_lora(lora_file, settings_file)
+    # torch and peft fill new weights with random numbers, from the global generator
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        pipe = load_base_model(str(model), prefers_half=dtype == torch.float16)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, final_sigmas_type="sigma_min")
         _add_tokens(pipe, embeddings, embeddings_file)
-        _fuse_lora(pipe, lora_file)
-    pipe.name2placeholder = name2placeholder
-    pipe.to(device, dtype)
+        _fuse_lora(pipe.unet, lora, settings, lora_file)
+        pipe.to(device, dtype)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
+    pipe.name2placeholder = {normalise(name): placeholder for name, placeholder in name2placeholder.items()}
     return pipe
 
 
-def find_placeholders(class_names: Iterable[str], name2placeholder: dict[str, str]) -> list[str]:
-    """Return the token of each class, matching names after `normalise`.
+def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
+    """Load a Stable Diffusion model (see `load_pipeline`) in float32, on the CPU. It warns, and draws random numbers.
 
     Raises:
-        InputError: the checkpoint has no token for a class.
+        InputError: the model cannot be read.
     """
-    by_name = {normalise(name): placeholder for name, placeholder in name2placeholder.items()}
-    class_names = list(class_names)
-    missing = [name for name in class_names if normalise(name) not in by_name]
-    if missing:
-        close = difflib.get_close_matches(normalise(missing[0]), by_name, n=1)
-        hint = f"; it has {close[0]!r}" if close else ""
-        more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
-        raise InputError(
-            f"--ckpt_path: the checkpoint has no token for {missing[0]!r}{more}{hint}; is it for another data set?"
-        )
-    return [by_name[normalise(name)] for name in class_names]
-
-
-def _load_model(model: str, prefer_half: bool) -> NoiseCutMixPipeline:
-    """Load in float32, from the half-precision files where those are wanted or are all there is."""
-    error: Exception | None = None
-    for variant in ("fp16", None) if prefer_half else (None, "fp16"):
-        try:
-            pipe: NoiseCutMixPipeline = NoiseCutMixPipeline.from_pretrained(
-                model,
-                variant=variant,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
-            return pipe
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as failure:
-            if variant is None:  # of the two failures this one tells what is wrong with the model
-                error = failure
-    assert error is not None
-    raise InputError(f"--model: {model} cannot be loaded: {first_line(error)}") from error
-
-
-def _read_embeddings(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return (embedding by token, token by class name); only tensors and plain containers are unpickled."""
+    folder, variant, _ = find_model(model, prefers_half)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol, for one
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        pipe: NoiseCutMixPipeline = NoiseCutMixPipeline.from_pretrained(
+            folder,
+            variant=variant,
+            torch_dtype=torch.float32,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        return pipe
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.PickleError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"`model`: {model} cannot be loaded: {first_line(error)}") from error
+
+
+def _find_device(device: str | torch.device) -> torch.device:
+    """Return the device if a tensor can be made on it and read back from it."""
+    try:
+        if not isinstance(device, (str, torch.device)):
+            raise TypeError("it has to be a name as 'cuda:0', or a torch.device")
+        found = torch.device(device)
+        torch.empty(1, device=found).cpu()
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without CUDA
+        raise InputError(f"`device`: {device} cannot be used: {first_line(error)}") from error
+    return found
+
+
+def _refusal(file: Path, reason: str) -> InputError:
+    return InputError(f"`ckpt_path`: {file}{reason}")
+
+
+def _load_pickle(file: Path) -> Any:
+    """Return what a file of torch.save holds; only tensors and plain containers are unpickled."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle fails in many ways, and each means the same
-        raise InputError(f"--ckpt_path: {file} is no pickle of tensors alone, it was not loaded") from error
+        raise _refusal(file, " is no pickle of tensors alone, it was not loaded") from error
+
+
+def _read_embeddings(file: Path) -> tuple[Tensors, dict[str, str]]:
+    """Return (embedding by token, token by class name)."""
+    content = _load_pickle(file)
     if not isinstance(content, dict):
-        raise InputError(f"--ckpt_path: {file} holds no dictionary; Diff-Mix writes learned_embeds_dict into it")
+        raise _refusal(file, " holds no dictionary; Diff-Mix writes learned_embeds_dict into it")
     embeddings, name2placeholder = content.get("learned_embeds_dict"), content.get("name2placeholder")
     if not isinstance(embeddings, dict) or not isinstance(name2placeholder, dict) or not embeddings:
-        raise InputError(f"--ckpt_path: {file} lacks learned_embeds_dict or name2placeholder")
+        raise _refusal(file, " lacks learned_embeds_dict or name2placeholder")
     for name, placeholder in name2placeholder.items():
         if not isinstance(name, str) or not isinstance(placeholder, str) or placeholder not in embeddings:
-            raise InputError(f"--ckpt_path: {file} has no embedding {placeholder!r} for class {name!r}")
-    if len({normalise(name) for name in name2placeholder}) < len(name2placeholder):
-        raise InputError(f"--ckpt_path: {file}: two class names differ in spaces, '/' and '_' alone")
+            raise _refusal(file, f" has no embedding {placeholder!r} for class {name!r}")
+    if find_repeated(name2placeholder):
+        raise _refusal(file, ": two class names differ in spaces, '/', '_' and case alone")
     if len(set(name2placeholder.values())) < len(name2placeholder):
-        raise InputError(f"--ckpt_path: {file}: two classes share a token")
+        raise _refusal(file, ": two classes share a token")
     for placeholder, embedding in embeddings.items():
         if not isinstance(placeholder, str) or not placeholder.strip() or not isinstance(embedding, torch.Tensor):
-            raise InputError(f"--ckpt_path: {file}: the embedding {placeholder!r} is no tensor under a name")
+            raise _refusal(file, f": the embedding {placeholder!r} is no tensor under a name")
         if not torch.isfinite(embedding).all():
-            raise InputError(f"--ckpt_path: {file}: the embedding {placeholder} is not finite")
+            raise _refusal(file, f": the embedding {placeholder} is not finite")
     return embeddings, name2placeholder
 
 
-def _add_tokens(pipe: NoiseCutMixPipeline, embeddings: dict[str, torch.Tensor], file: Path) -> None:
-    """Add all learned tokens at once: one resize a token takes minutes for 200 classes."""
+def _add_tokens(pipe: NoiseCutMixPipeline, embeddings: Tensors, file: Path) -> None:
+    """Add all learned tokens at once: one resize for each token takes minutes for 200 classes."""
     text_encoder, tokenizer = pipe.text_encoder, pipe.tokenizer
     width = text_encoder.get_input_embeddings().embedding_dim
     for placeholder, embedding in embeddings.items():
         if embedding.shape != (width,):
             shape = tuple(embedding.shape)
-            raise InputError(f"--ckpt_path: {file}: {placeholder} has shape {shape}, the text encoder takes ({width},)")
+            raise _refusal(file, f": {placeholder} has shape {shape}, the text encoder takes ({width},)")
     known = embeddings.keys() & tokenizer.get_vocab().keys()
     if known:
-        raise InputError(f"--ckpt_path: {file}: the tokenizer already has the token {min(known)}")
+        raise _refusal(file, f": the tokenizer already has the token {min(known)}")
     tokenizer.add_tokens(list(embeddings))
+    ids = tokenizer.convert_tokens_to_ids(list(embeddings))
+    for placeholder, token_id in zip(embeddings, ids):
+        if tokenizer(placeholder, add_special_tokens=False).input_ids != [token_id]:
+            raise _refusal(file, f": the tokenizer does not read {placeholder!r} as one token")
     if len(tokenizer) > text_encoder.get_input_embeddings().num_embeddings:
         text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     weight = text_encoder.get_input_embeddings().weight
-    ids = tokenizer.convert_tokens_to_ids(list(embeddings))
     with torch.no_grad():
         weight[ids] = torch.stack(list(embeddings.values())).to(weight.dtype)
 
 
-def _fuse_lora(pipe: NoiseCutMixPipeline, file: Path) -> None:
-    """Add the LoRA to the UNet's weights: each tensor of the file must have a place and fit it."""
-    unet = pipe.unet
+def _read_lora(file: Path, settings_file: Path) -> tuple[Tensors, dict[str, Any] | None]:
+    """Return the file's tensors, and the LoraConfig that was saved in the file or beside it, if there is one."""
+    settings = None
+    if file.suffix == ".bin":
+        tensors = _load_pickle(file)
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise _refusal(file, " holds no dictionary of tensors")
+    else:
+        try:
+            with safe_open(file, framework="pt") as content:
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+                settings = (content.metadata() or {}).get("lora_adapter_metadata")
+        except (SafetensorError, OSError) as error:
+            raise _refusal(file, f" is no safetensors file: {first_line(error)}") from error
     try:
-        with safe_open(file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if not name.endswith(".alpha")]  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"--ckpt_path: {file} is no safetensors file: {first_line(error)}") from error
+        if settings is None and settings_file.exists():
+            file, settings = settings_file, settings_file.read_text(encoding="utf-8")
+        settings = None if settings is None else json.loads(settings)
+        # diffusers writes "unet." before every name, peft nothing
+        settings = settings and {name.removeprefix("unet."): value for name, value in settings.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise _refusal(file, f": the LoRA's settings cannot be read: {first_line(error)}") from error
+    return tensors, settings
+
+
+def _fuse_lora(unet: Any, tensors: Tensors, settings: dict[str, Any] | None, file: Path) -> None:
+    """Add the LoRA to the UNet's weights: each tensor of the file must have a place there, and fill it."""
+    _check_lora(tensors, settings, file)
+    lora, alphas = _name_as_in_peft(unet, tensors)
+    if not lora:
+        raise _refusal(file, " holds no LoRA tensor")
+    ranks: dict[str, int] = {}
+    for place, half in lora.items():
+        layer, _, side = place.partition(".lora_")
+        if side in ("A.weight", "B.weight") and half.ndim > 1:  # down (rank, in, …) and up (out, rank, …)
+            rank = half.shape[0 if side == "A.weight" else 1]
+            if ranks.setdefault(layer, rank) != rank:
+                raise _refusal(file, f": {place} has rank {rank}, which does not fit its other half")
+    if settings is None:
+        settings = {  # "^" so that a layer's name is not taken for the end of another's
+            "rank_pattern": {f"^{layer}": rank for layer, rank in ranks.items()},
+            "alpha_pattern": {f"^{layer}": alphas.get(layer, rank) for layer, rank in ranks.items()},
+            "target_modules": list(ranks),
+        }
     try:
-        lora, network_alphas, metadata = pipe.lora_state_dict(
-            str(file.parent),
-            weight_name=file.name,
-            unet_config=unet.config,
-            local_files_only=True,
-            use_safetensors=True,
-            return_lora_metadata=True,
-        )
-    except (RuntimeError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"--ckpt_path: {file} holds no LoRA that diffusers reads: {first_line(error)}") from error
-    # what peft itself saves names the adapter and the model around the UNet
-    lora = {re.sub(r"\.default(?=\.weight$)", "", name.removeprefix("base_model.model.")): lora[name] for name in lora}
-    if not any(name.startswith(("unet.", "text_encoder.")) for name in lora):
-        lora = {f"unet.{name}": tensor for name, tensor in lora.items()}  # Diff-Mix's keys have no prefix
-    lora = {name: tensor.float() for name, tensor in lora.items()}
-    places = _find_places(unet, lora, file)
-    try:
-        pipe.load_lora_into_unet(lora, network_alphas, unet, metadata=metadata)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"--ckpt_path: {file} does not fit the base model: {first_line(error)}") from error
-    placed = get_peft_model_state_dict(unet, adapter_name=unet.active_adapters()[0])
-    is_in_place = [place in places and torch.equal(tensor, lora[places[place]]) for place, tensor in placed.items()]
-    if not len(names) == len(places) == sum(is_in_place) == len(placed):
-        raise InputError(
-            f"--ckpt_path: {file}: its {len(names)} LoRA tensors do not fill the {len(placed)} places in the UNet"
-        )
+        unet.load_lora_adapter(lora, prefix=None, metadata=settings)
+        placed = get_peft_model_state_dict(unet, adapter_name=unet.active_adapters()[0])
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+        raise _refusal(file, f" does not fit the UNet; a LoRA of another base model? ({reason})") from error
+    lost = sorted((alphas.keys() - ranks.keys()) | (lora.keys() - placed.keys()))
+    if lost:
+        raise _refusal(file, f": nothing in the UNet takes {lost[0]}; a LoRA of another base model?")
+    if not len(tensors) - len(alphas) == len(lora) == len(placed) or not all(
+        torch.equal(tensor, lora[place]) for place, tensor in placed.items()
+    ):
+        raise _refusal(file, f": its {len(tensors)} LoRA tensors do not fill the {len(placed)} places in the UNet")
     unet.fuse_lora()
     unet.unload_lora()
 
 
-def _find_places(unet: torch.nn.Module, lora: dict[str, torch.Tensor], file: Path) -> dict[str, str]:
-    """Return the LoRA's names by their places in the UNet, as peft writes them."""
-    converted: dict[str, str] = convert_unet_state_dict_to_peft({name.removeprefix("unet."): name for name in lora})
-    modules = dict(unet.named_modules())
-    if not converted:
-        raise InputError(f"--ckpt_path: {file} holds no LoRA tensor")
-    for place, name in converted.items():
-        module_name, found, direction = place.partition(".lora_")
-        weight = getattr(modules.get(module_name), "weight", None)
-        if not found or weight is None:
-            own_name = name.removeprefix("unet.")
-            raise InputError(
-                f"--ckpt_path: {file}: nothing in the UNet takes {own_name}; a LoRA of another base model?"
-            )
-        # down (A) is (rank, in, …), up (B) is (out, rank, …)
-        axis, side = (1, "in") if direction.startswith("A") else (0, "out")
-        if lora[name].ndim != weight.ndim or lora[name].shape[axis] != weight.shape[axis]:
-            shape, expected = tuple(lora[name].shape), weight.shape[axis]
-            raise InputError(
-                f"--ckpt_path: {file}: {name} has shape {shape}, the UNet's layer is {expected} wide ({side}); "
-                "a LoRA of another base model?"
-            )
-        if not torch.isfinite(lora[name]).all():
-            raise InputError(f"--ckpt_path: {file}: {name} is not finite")
-        other = converted.get(f"{module_name}.lora_{'B' if axis else 'A'}.weight")
-        rank = lora[name].shape[1 - axis]
-        if not rank or (other and rank != lora[other].shape[axis]):
-            raise InputError(f"--ckpt_path: {file}: {name} has rank {rank}, which does not fit its other half")
-    return converted
+def _check_lora(tensors: Tensors, settings: dict[str, Any] | None, file: Path) -> None:
+    """Refuse what is not a LoRA of a UNet, of known strength."""
+    kind = (settings or {}).get("peft_type", "LORA")
+    if kind != "LORA":
+        raise _refusal(file, f" is a {kind}; only LoRAs are read")
+    if (settings or {}).get("use_dora") or any("lora_magnitude" in name or "dora_scale" in name for name in tensors):
+        raise _refusal(file, " is a DoRA; only LoRAs are read")
+    for name, tensor in tensors.items():
+        if name.startswith(("text_encoder", "lora_te")):
+            raise _refusal(file, f": {name} is for the text encoder, and only the UNet's part can be applied")
+        if name.startswith("base_model.model.") and settings is None:
+            raise _refusal(file, f" was saved by peft: put its {ADAPTER_FILE}, which gives the strength, beside it")
+        if name.endswith(".alpha") and settings is not None:
+            raise _refusal(file, f": {name} and {ADAPTER_FILE} both give the LoRA's strength; remove one")
+        if not torch.isfinite(tensor).all():
+            raise _refusal(file, f": {name} is not finite")
+
+
+def _name_as_in_peft(unet: Any, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
+    """Return the LoRA's halves in float32, named as peft names them in the UNet, and the layers' alphas."""
+    kohya = {f"lora_unet_{name.replace('.', '_')}": name for name, _ in unet.named_modules()}
+    lora, alphas = {}, {}
+    for name, tensor in tensors.items():
+        layer, _, rest = name.partition(".")
+        name = f"{kohya[layer]}.{rest}" if layer in kohya else name
+        name = name.removeprefix("base_model.model.").removeprefix("unet.").replace(".default.weight", ".weight")
+        if name.endswith(".alpha"):
+            alphas[name.removesuffix(".alpha")] = float(tensor)
+        else:
+            lora[name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")] = tensor.float()
+    return convert_unet_state_dict_to_peft(lora), alphas
 
 
 def save_checkpoint(
@@ -251,15 +287,9 @@ def save_checkpoint(
     placeholders = [f"<class_{label}>" for label in range(len(class_names))]
     # a clone each: torch.save would write all rows' storage with a view
     learned = {token: row.clone() for token, row in zip(placeholders, rows.detach().to("cpu", torch.float32))}
-    embeddings = io.BytesIO()
-    torch.save(
-        {
-            "learned_embeds_dict": learned,
-            "name2placeholder": dict(zip(class_names, placeholders)),
-            "placeholder2name": dict(zip(placeholders, class_names)),
-        },
-        embeddings,
-    )
-    for name, content in ((EMBEDDINGS_FILE, embeddings.getvalue()), (LORA_FILE, save(tensors))):
-        with atomic_file(folder / name) as file:
+    names, tokens = dict(zip(class_names, placeholders)), dict(zip(placeholders, class_names))
+    pickled = io.BytesIO()
+    torch.save({"learned_embeds_dict": learned, "name2placeholder": names, "placeholder2name": tokens}, pickled)
+    for file_name, content in ((EMBEDDINGS_FILE, pickled.getvalue()), (LORA_FILE, save(tensors))):
+        with atomic_file(folder / file_name) as file:
             file.write(content)

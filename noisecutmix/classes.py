@@ -1,22 +1,30 @@
 """The data sets one can draw: their classes in label order, and where model and checkpoint come from."""
 
+import dataclasses
+import difflib
 import json
+import os
 import re
 import string
+import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from .errors import InputError
+from .ranges import RANGES
 
+META_CLASSES = {"cub": "bird", "flower": "flower", "aircraft": "aircraft", "digits": "digit"}
 DEFAULT_PROMPT = "a photo of a {name} {meta_class}"
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "ckpts"
 CLASS_NAMES = Path(__file__).resolve().parent / "class_names"
 LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"  # of a checkpoint
+CLASSES_FILE, FINETUNE_FILE = "classes.json", "finetune.json"  # which ckpts/finetune.py writes beside a checkpoint
+EXPECTED = 'expected {"classes": ["…", …], "meta_class": "…"}'
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Classes:
     """Classes in label order, and the defaults for drawing them.
 
@@ -31,78 +39,123 @@ class Classes:
     resolution: int = 512
 
 
-def _bundled(name: str, meta_class: str, model: str = STABLE_DIFFUSION, resolution: int = 512) -> Classes:
-    names = (CLASS_NAMES / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    return Classes(tuple(names), meta_class, model, CHECKPOINTS / name / "shot-1-lora-rank10", resolution)
-
-
-META_CLASSES = {"cub": "bird", "flower": "flower", "aircraft": "aircraft", "digits": "digit"}
-
-
 def load_classes(data_name: str) -> Classes:
-    """Return the data set called cub, flower, aircraft or digits, or the one that a JSON file describes.
+    """Return the data set called cub, flower, aircraft or digits, or the user's own.
 
-    The file holds `{"classes": ["…", …], "meta_class": "…"}`: at least two class names in label order, as the
-    checkpoint keys them.
+    The user's own is a JSON file, `{"classes": ["…", …], "meta_class": "…"}`, with at least two class names in label
+    order, as the checkpoint keys them; or a folder that ckpts/finetune.py wrote, whose classes.json is such a file. The
+    folder also determines the base model, the resolution and the checkpoint.
 
     Raises:
-        InputError: no such data set or file, or a file that does not describe one.
+        InputError: there is no such data set, file or folder, or it does not describe a data set.
     """
-    if data_name == "digits":
-        return _bundled("digits", META_CLASSES["digits"], str(CHECKPOINTS / "digits" / "base"), resolution=32)
     if data_name in META_CLASSES:
-        return _bundled(data_name, META_CLASSES[data_name])
-    if data_name.lower().endswith(".json"):
-        return _read_json(Path(data_name))
-    known = ", ".join(META_CLASSES)
-    raise InputError(f"--data_name: {data_name!r} is unknown; choose one of {known}, or give a .json file")
+        return _read_bundled(data_name)
+    path = Path(os.path.expanduser(data_name))
+    if path.is_dir():
+        return _read_finetuned(path)
+    if path.suffix.lower() == ".json":
+        return _read_classes(path)
+    raise InputError(
+        f"`data_name`: {data_name!r} is unknown; choose one of {', '.join(META_CLASSES)}, "
+        "or give a .json file or a folder that ckpts/finetune.py wrote"
+    )
 
 
-def _read_json(path: Path) -> Classes:
+def _read_bundled(name: str) -> Classes:
+    names = (CLASS_NAMES / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    classes = Classes(tuple(names), META_CLASSES[name], ckpt_path=CHECKPOINTS / name / "shot-1-lora-rank10")
+    if name == "digits":
+        return dataclasses.replace(classes, model=str(CHECKPOINTS / "digits" / "base"), resolution=32)
+    return classes
+
+
+def _read_finetuned(folder: Path) -> Classes:
+    if not (folder / CLASSES_FILE).is_file():
+        raise InputError(f"`data_name`: {folder} has no {CLASSES_FILE}; give a folder that ckpts/finetune.py wrote")
+    classes = _read_classes(folder / CLASSES_FILE)
+    settings = _read_object(folder / FINETUNE_FILE, 'expected {"model": "…", "resolution": …}')
+    model, resolution = settings.get("model"), settings.get("resolution")
+    if not _is_text(model):
+        raise InputError(f'`data_name`: "model" is missing in {folder / FINETUNE_FILE}; run ckpts/finetune.py again')
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"--data_name: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--data_name: {path} is not valid JSON: {error}") from error
-    expected = 'expected {"classes": ["…", …], "meta_class": "…"}'
-    if not isinstance(content, dict):
-        raise InputError(f"--data_name: {path} holds no object; {expected}")
+        resolution = RANGES["resolution"].check("resolution", resolution)
+    except ValueError as error:
+        raise InputError(f"`data_name`: {folder / FINETUNE_FILE}: {error}; run ckpts/finetune.py again") from error
+    return dataclasses.replace(classes, model=model, resolution=resolution, ckpt_path=folder)
+
+
+def _read_classes(path: Path) -> Classes:
+    content = _read_object(path, EXPECTED)
     names, meta_class = content.get("classes"), content.get("meta_class")
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise InputError(f'--data_name: "classes" in {path} must be a list of names; {expected}')
+    if not isinstance(names, list) or not all(map(_is_text, names)):
+        raise InputError(f'`data_name`: "classes" in {path} must be a list of names in valid Unicode; {EXPECTED}')
     if len(names) < 2:
-        raise InputError(f'--data_name: "classes" in {path} needs at least two names to mix, it has {len(names)}')
-    twice = find_repeated(names)
-    if twice:
-        raise InputError(f'--data_name: "classes" in {path} names {twice!r} twice')
-    if not isinstance(meta_class, str) or not meta_class.strip():
-        raise InputError(f'--data_name: "meta_class" is missing in {path}; {expected}')
+        raise InputError(f'`data_name`: "classes" in {path} needs at least two names to mix, it has {len(names)}')
+    repeated = find_repeated(names)
+    if repeated:
+        raise InputError(
+            f"`data_name`: \"classes\" in {path} names {repeated!r} twice; case, spaces, '/' and '_' do not count"
+        )
+    if not _is_text(meta_class):
+        raise InputError(f'`data_name`: "meta_class" is missing in {path} or no text; {EXPECTED}')
     return Classes(tuple(names), meta_class)
 
 
+def _read_object(path: Path, expected: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"`data_name`: {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"`data_name`: {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"`data_name`: {path} holds no object; {expected}")
+    return content
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Return whether a JSON value is a string that is not empty and can be written to a file."""
+    return isinstance(value, str) and bool(value.strip()) and not has_lone_surrogate(value)
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Return whether a string cannot be encoded: Python reads bytes that are not valid text as lone surrogates."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def normalise(name: str) -> str:
-    """Return a class name as names are compared: '/', '_' and runs of spaces count as one space, the ends as none."""
+    """Return a class name with each run of spaces, '/' and '_' as one space, and none at the ends."""
     return re.sub(r"[\s/_]+", " ", name).strip()
 
 
+def comparison_key(name: str) -> str:
+    """Return what two class names have in common if they count as the same name.
+
+    Case does not count, nor what `normalise` removes, nor how Unicode composes a letter (the Unicode Standard, section
+    3.13, definition D145: canonical caseless match).
+    """
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", normalise(name)).casefold())
+
+
 def find_repeated(names: Iterable[str]) -> str | None:
-    """Return the first name that stands there twice, as names are compared."""
+    """Return the first name that counts as the same as an earlier one, None if there is none."""
     seen = set()
     for name in names:
-        if normalise(name) in seen:
+        key = comparison_key(name)
+        if key in seen:
             return name
-        seen.add(normalise(name))
+        seen.add(key)
     return None
 
 
 def check_prompt(template: str) -> None:
-    """Refuse what is no template with {name} and perhaps {meta_class}.
+    """Check that a prompt is a template with {name} and perhaps {meta_class}.
 
     Raises:
         InputError: another field, none, a format after a name, or braces that do not close.
     """
-    wanted = "--prompt: has to be a template with {name}, and {meta_class} if you like"
+    wanted = "`prompt`: has to be a template with {name}, and {meta_class} if you like"
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -127,6 +180,26 @@ def vae_scale_factor(model: str) -> int:
         return 8
     config = Path(model) / "vae" / "config.json"
     try:
-        return int(2 ** (len(json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]) - 1))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--model: {config} cannot be read; {model} is no diffusers model folder") from error
+        channels = json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]
+        return 1 << (len(channels) - 1)  # each block but the last halves the sides; ValueError where there is none
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"`model`: {config} cannot be read; {model} is no diffusers model folder") from error
+
+
+def find_placeholders(class_names: Iterable[str], name2placeholder: dict[str, str]) -> list[str]:
+    """Return the token of each class, matching names by `comparison_key`.
+
+    Raises:
+        InputError: the checkpoint has no token for a class.
+    """
+    by_key = {comparison_key(name): name for name in name2placeholder}
+    class_names = list(class_names)
+    missing = [name for name in class_names if comparison_key(name) not in by_key]
+    if missing:
+        close = difflib.get_close_matches(comparison_key(missing[0]), by_key, n=1)
+        hint = f"; it has {by_key[close[0]]!r}" if close else ""
+        more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
+        raise InputError(
+            f"`ckpt_path`: the checkpoint has no token for {missing[0]!r}{more}{hint}; is it for another data set?"
+        )
+    return [name2placeholder[by_key[comparison_key(name)]] for name in class_names]

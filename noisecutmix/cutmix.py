@@ -5,6 +5,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from .ranges import RANGES, Range
+
 Box = tuple[int, int, int, int]
 
 
@@ -44,19 +46,20 @@ def make_mask_and_ratio(
 
     Args:
         size: the picture's height and width; further entries are ignored.
-        alpha: both parameters of the Beta distribution, above 0. At 1 lambda is uniform.
+        alpha: both parameters of the Beta distribution, 1e-6 to 1e6. At 1 lambda is uniform.
         rng: where the draw comes from; None takes fresh entropy, no global state.
 
     Returns:
         The mask ("L", 255 inside the box, 0 outside) and the share of the picture that is white, 0 to 1.
 
     Raises:
-        ValueError: alpha is not a positive finite number, or a side is not positive.
+        ValueError: alpha is not a number within its range, or `size` does not hold two whole numbers above 0.
     """
-    height, width = size[:2]
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"`alpha` has to be a positive number but is {alpha}.")
-    if height < 1 or width < 1:
-        raise ValueError(f"`size` has to hold a positive height and width but is {size}.")
+    try:
+        height, width = size[:2]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`size`: has to be (H, W, C) or (H, W), not {size!r}") from error
+    height, width = (Range(int, 1).check("size", side) for side in (height, width))
+    alpha = RANGES["alpha"].check("alpha", alpha)
     box = sample_box(height, width, alpha, rng if rng is not None else np.random.default_rng())
     return draw_mask(box, height, width), area_ratio(box, height, width)

@@ -15,12 +15,11 @@ class PeerStoppedError(RunError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a device has no memory left, which torch, CUDA, its libraries and Triton each say differently."""
-    told = str(error).lower()
-    return any(
-        words in told for words in ("out of memory", "alloc_failed", "allocation_failed", "can't allocate memory")
-    )
+    message = str(error).lower()
+    signs = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed", "allocation_failed")
+    return any(sign in message for sign in signs)
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error tells, in one line; its kind where it tells nothing."""
+    """Return the first line of an error's message, or the error's type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

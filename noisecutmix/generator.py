@@ -1,20 +1,27 @@
 """Planned items in, pictures out."""
 
+import argparse
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
-from .checkpoint import find_placeholders, load_pipeline
-from .classes import DEFAULT_PROMPT, check_prompt, find_repeated, load_classes, vae_scale_factor
+from .checkpoint import load_pipeline
+from .classes import DEFAULT_PROMPT, Classes, check_prompt, find_placeholders, find_repeated, load_classes
 from .cutmix import draw_mask
-from .errors import InputError, RunError, is_out_of_memory
-from .inputs import check_guidance_scale
+from .errors import InputError, RunError, first_line, is_out_of_memory
 from .launch import say
 from .pipeline import NonFiniteImageError
 from .plan import Item, Plan
+from .quiet import quiet_libraries
+from .ranges import RANGES, Range, is_whole_number
+
+Labels = Sequence[int] | np.ndarray | torch.Tensor
 
 
 class NoiseCutMixGenerator:
@@ -22,90 +29,109 @@ class NoiseCutMixGenerator:
 
     Args:
         device: where to draw, "cuda", "mps" or "cpu".
-        data_name: cub, flower, aircraft, digits, or a JSON file (see `load_classes`).
+        data_name: cub, flower, aircraft, digits, a JSON file (see `load_classes`), or the Classes themselves.
         ckpt_path: a Diff-Mix checkpoint's folder; None is the data set's own.
-        guidance_scale, num_inference_steps, guidance_interval: see `NoiseCutMixPipeline`.
+        guidance_scale, guidance_interval: see `NoiseCutMixPipeline`.
+        num_inference_steps: denoising steps, at least 1 and fewer than the timesteps of the model's noise schedule.
         alpha: of CutMix's Beta distribution, above 0.
         class_names, meta_class: in place of the data set's.
-        model: a hub id or a local diffusers folder; None is the data set's own.
-        resolution: the pictures' side in pixels; None is the data set's own.
-        dtype: None is float16 on cuda and float32 elsewhere.
-        prompt: a template with {name} and {meta_class}.
+        model: a hub id, also "id@revision", or a local diffusers folder; None is the data set's own.
+        resolution: the pictures' side in pixels, a multiple of the VAE's factor; None is the data set's own.
+        dtype: float16, bfloat16 or float32, as a torch.dtype or its name; None is float16 on cuda, else float32.
+        prompt: a template with {name} and perhaps {meta_class}.
         seed: the plan's seed; item i is a function of it and i.
         batch_size: pictures drawn at once; halved when the device runs out of memory.
+        plan: the items to draw; it stands in place of `seed`, `alpha` and `resolution`.
 
-    Attributes:
-        class_names, meta_class, num_classes: the data set's.
-        pipe: the NoiseCutMixPipeline.
-        plan: the Plan that items come from.
+    Attributes: `class_names`, `meta_class` and `num_classes` of the data set, `pipe`, and the `plan` of the items.
 
     Raises:
-        InputError: the data set, the model, the checkpoint or the prompt is wrong.
-        ValueError: another argument is out of its range.
+        InputError: the data set, the model, the checkpoint, the prompt, the device or the dtype is wrong.
+        ValueError: another argument is out of its range or of a wrong type; the message names it.
     """
 
     def __init__(
         self,
-        device: str = "cuda",
-        data_name: str = "cub",
+        device: str | torch.device = "cuda",
+        data_name: str | Path | Classes = "cub",
         ckpt_path: str | Path | None = None,
         guidance_scale: float = 7.5,
         num_inference_steps: int = 25,
         alpha: float = 1.0,
         class_names: Sequence[str] | None = None,
         meta_class: str | None = None,
-        model: str | None = None,
+        model: str | Path | None = None,
         resolution: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         prompt: str = DEFAULT_PROMPT,
         seed: int = 0,
         batch_size: int = 8,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        plan: Plan | None = None,
     ):
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}.")
-        check_guidance_scale(guidance_scale)
+        for name, value, kind, wanted in (
+            ("data_name", data_name, str | Path | Classes, "the name of a data set, a .json file or a Classes"),
+            ("ckpt_path", ckpt_path, str | Path | None, "a folder"),
+            ("model", model, str | Path | None, "a hub id or a folder"),
+            ("meta_class", meta_class, str | None, "a text"),
+            ("prompt", prompt, str, "a text"),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(f"`{name}`: has to be {wanted}, not {value!r}")
+        self.batch_size = RANGES["batch_size"].check("batch_size", batch_size)
         check_prompt(prompt)
-        classes = load_classes(data_name)
+        classes = data_name if isinstance(data_name, Classes) else load_classes(str(data_name))
         self.class_names = list(classes.names if class_names is None else class_names)
+        if isinstance(class_names, str) or not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError(f"`class_names`: has to be a list of names, not {class_names!r}")
         if find_repeated(self.class_names):
-            raise ValueError(f"`class_names` has {find_repeated(self.class_names)!r} twice.")
-        self.meta_class = meta_class or classes.meta_class
+            raise ValueError(f"`class_names`: {find_repeated(self.class_names)!r} is there twice")
+        self.meta_class = classes.meta_class if meta_class is None else meta_class
         self.num_classes = len(self.class_names)
         self.guidance_scale = guidance_scale
         self.num_inference_steps = num_inference_steps
         self.guidance_interval = guidance_interval
-        self.batch_size = batch_size
-        self.plan = Plan(seed, self.num_classes, alpha, classes.resolution if resolution is None else resolution)
-        model = model or classes.model
-        ckpt_path = ckpt_path or classes.ckpt_path
+        resolution = classes.resolution if resolution is None else resolution
+        self.plan = Plan(seed, self.num_classes, alpha, resolution) if plan is None else plan
+        if self.plan.num_classes != self.num_classes:
+            raise ValueError(f"`plan`: is for {self.plan.num_classes} classes, the data set has {self.num_classes}")
+        ckpt_path = classes.ckpt_path if ckpt_path is None else ckpt_path
         if ckpt_path is None:
-            raise InputError("--ckpt_path: a data set of one's own needs its Diff-Mix checkpoint's folder")
-        if self.plan.resolution % vae_scale_factor(model):
-            raise InputError(f"--resolution: has to be a multiple of {vae_scale_factor(model)}")
+            raise InputError("`ckpt_path`: a data set of your own needs the folder of its Diff-Mix checkpoint")
 
-        self.pipe = load_pipeline(model, ckpt_path, device, dtype)
+        self.pipe = load_pipeline(str(classes.model if model is None else model), ckpt_path, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
+        self._check_resolution(self.plan.resolution)
+        num_timesteps = self.pipe.scheduler.config.num_train_timesteps
+        # with more, the scheduler would take a timestep twice
+        Range(int, 1, num_timesteps - 1).check("num_inference_steps", num_inference_steps)
         placeholders = find_placeholders(self.class_names, self.pipe.name2placeholder)
         self._prompts = [prompt.format(name=name, meta_class=self.meta_class) for name in placeholders]
-        self._check_prompts_keep(placeholders)
+        with quiet_libraries():
+            longest = max(len(ids) for ids in self.pipe.tokenizer(self._prompts).input_ids)
+        if longest > (limit := self.pipe.tokenizer.model_max_length):
+            raise InputError(
+                f"`prompt`: {{name}} or the text after it lies beyond the {limit} tokens that the model reads, and "
+                f"would be cut; shorten the template by {longest - limit}"
+            )
         self._embeds: dict[str, torch.Tensor] = {}
         self._next_index = 0
         self._pads_batches = False
 
     def __call__(
         self,
-        target_labels: Sequence[int],
+        target_labels: Labels,
         resolution: int | None = None,
         return_mask: bool = False,
-        aug_labels: Sequence[int] | None = None,
+        aug_labels: Labels | None = None,
     ) -> tuple[Any, ...]:
         """Draw one picture a target label, each mixed with another class.
 
         Repeated calls go on in the plan: new boxes, new noise, new aug classes.
 
         Args:
-            target_labels: the classes inside the boxes, 0 to num_classes - 1.
+            target_labels: the classes inside the boxes, whole numbers from 0 to num_classes - 1: a list, an array or a
+                tensor of one dimension.
             resolution: the pictures' side in pixels; None is the generator's.
             return_mask: also return the masks.
             aug_labels: the classes outside the boxes; None draws them among the others.
@@ -115,18 +141,18 @@ class NoiseCutMixGenerator:
             pictures of 0 and 255.
 
         Raises:
-            ValueError: a label is out of range, or target and aug class are the same.
+            ValueError: a label is no whole number or out of range, target and aug class are the same, or `resolution`
+                is no multiple of the VAE's factor.
             RunError: the device is out of memory at batch size 1, or a picture is not finite.
         """
-        augs: Sequence[int | None] = [None] * len(target_labels) if aug_labels is None else aug_labels
-        if len(augs) != len(target_labels):
-            raise ValueError(f"`aug_labels` has to have {len(target_labels)} entries but has {len(augs)}.")
-        for label in (*target_labels, *augs):
-            if label is not None and not 0 <= label < self.num_classes:
-                raise ValueError(f"labels have to lie within 0 to {self.num_classes - 1} but one is {label}.")
+        targets = self._as_labels("target_labels", target_labels)
+        augs = [None] * len(targets) if aug_labels is None else self._as_labels("aug_labels", aug_labels)
+        if len(augs) != len(targets):
+            raise ValueError(f"`aug_labels`: has to hold {len(targets)} labels, not {len(augs)}")
         resolution = self.plan.resolution if resolution is None else resolution
-        plan = Plan(self.plan.seed, self.num_classes, self.plan.alpha, resolution)
-        items = [plan.item(self._next_index + i, *pair) for i, pair in enumerate(zip(target_labels, augs))]
+        self._check_resolution(resolution)
+        plan = replace(self.plan, resolution=resolution)
+        items = [plan.item(self._next_index + i, *pair) for i, pair in enumerate(zip(targets, augs))]
         images = self.draw(items)
         self._next_index += len(items)
         labels = [item.soft_label(self.num_classes) for item in items]
@@ -137,12 +163,15 @@ class NoiseCutMixGenerator:
     def draw(self, items: Sequence[Item]) -> list[Image.Image]:
         """Return the items' pictures, RGB, in order.
 
-        Out of memory, the batch is halved (and stays so) and tried again.
+        When the device is out of memory, the batch is halved (and stays so) and tried again.
 
         Raises:
+            ValueError: the items are of several resolutions.
             RunError: out of memory at batch size 1, or a picture that is not finite.
         """
         images: list[Image.Image] = []
+        if len({item.resolution for item in items}) > 1:
+            raise ValueError("`items`: have to be of one resolution; use one call for each resolution")
         while len(images) < len(items):
             batch = items[len(images) : len(images) + self.batch_size]
             size = self.batch_size if self._pads_batches else len(batch)
@@ -154,9 +183,9 @@ class NoiseCutMixGenerator:
                     raise
                 if size == 1:
                     raise RunError(
-                        "out of memory at batch size 1; use --resolution or --dtype=float16, or a larger device"
+                        "out of memory at batch size 1; use a smaller `resolution`, `dtype=float16` or a larger device"
                     ) from error
-            # outside the handler, so that the failed try's memory is free
+            # outside the handler, where the failed attempt's memory is free
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if self._pads_batches:
@@ -166,21 +195,42 @@ class NoiseCutMixGenerator:
         return images
 
     def compile(self) -> None:
-        """Compile UNet and VAE decoder by drawing a batch; later ones are padded, so that none compiles again."""
+        """Compile UNet and VAE decoder by drawing a batch; later ones are padded, so that none compiles again.
+
+        Raises RunError where PyTorch cannot compile.
+        """
         self.pipe.unet.compile(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
         self.pipe.vae.decoder.compile(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
         self._pads_batches = True
-        self.draw([self.plan.item(0)])
+        try:
+            self.draw([self.plan.item(0)])
+        except RunError:
+            raise
+        except RuntimeError as error:  # the base of torch's compilation errors, whose messages can have 10 kB
+            cause: BaseException = error
+            while cause.__cause__:
+                cause = cause.__cause__
+            reason = f"{type(cause).__name__}: {first_line(cause)}"[:300]
+            if "compiler" in reason.lower():
+                reason = "PyTorch finds no C++ compiler; install g++ (on Windows the Visual Studio Build Tools)"
+            raise RunError(f"`compile`: {reason}; or leave `compile` out") from error
 
-    def _check_prompts_keep(self, placeholders: list[str]) -> None:
-        """A prompt beyond the tokenizer's limit is cut: the class must not be what is lost."""
-        tokenizer = self.pipe.tokenizer
-        for prompt, placeholder in zip(self._prompts, placeholders):
-            if tokenizer.convert_tokens_to_ids(placeholder) not in tokenizer(prompt, truncation=True).input_ids:
-                raise InputError(
-                    f"--prompt: {{name}} is missing or lies beyond the {tokenizer.model_max_length} tokens that the "
-                    "model reads; shorten the text before it"
-                )
+    def _as_labels(self, name: str, labels: Labels) -> list[int]:
+        """Return the labels as a list of int, or raise a ValueError."""
+        try:
+            values: list[Any] = [x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x for x in labels]
+        except TypeError as error:
+            raise ValueError(f"`{name}`: has to be a list of labels, not {labels!r}") from error
+        for value in values:
+            if not is_whole_number(value) or not 0 <= value < self.num_classes:
+                limit = self.num_classes - 1
+                raise ValueError(f"`{name}`: labels have to be whole numbers from 0 to {limit} but one is {value!r}")
+        return [int(value) for value in values]
+
+    def _check_resolution(self, resolution: int) -> None:
+        factor = self.pipe.vae_scale_factor
+        if not is_whole_number(resolution) or resolution < 1 or resolution % factor:
+            raise InputError(f"`resolution`: has to be a multiple of {factor}, not {resolution!r}")
 
     def _draw_batch(self, items: Sequence[Item]) -> list[Image.Image]:
         batch = list(items)
@@ -204,8 +254,8 @@ class NoiseCutMixGenerator:
         except NonFiniteImageError as error:
             numbers = ", ".join(dict.fromkeys(str(batch[index].index) for index in error.indices))
             raise RunError(
-                f"item {numbers}: the picture is not finite (float16 overflows); "
-                "use --dtype=bfloat16, with --overwrite in a begun folder"
+                f"item {numbers}: the picture is not finite, as happens where float16 overflows; use `dtype=bfloat16` "
+                "(a data set that was begun in float16 has to be begun anew)"
             ) from error
         return images[: len(items)]
 
@@ -216,3 +266,25 @@ class NoiseCutMixGenerator:
                 with torch.no_grad():
                     self._embeds[prompt] = self.pipe.encode_prompt(prompt, self.pipe.device, 1, False)[0]
         return torch.cat([self._embeds[prompt] for prompt in prompts])
+
+
+def create_generator(options: argparse.Namespace, device: str, plan: Plan) -> NoiseCutMixGenerator:
+    """Load what a script's options ask for, and compile it where they do.
+
+    Raises:
+        InputError: model, checkpoint or prompt are wrong.
+        RunError: the device has too little memory, or PyTorch cannot compile here.
+    """
+    same = "ckpt_path guidance_scale guidance_interval num_inference_steps model dtype prompt batch_size"
+    arguments = {name: getattr(options, name) for name in same.split()}
+    try:
+        generator = NoiseCutMixGenerator(device, options.classes, plan=plan, **arguments)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error
+        raise
+    if options.compile:
+        start = time.perf_counter()
+        generator.compile()
+        say(f"compiled in {time.perf_counter() - start:.0f} s")
+    return generator

@@ -1,6 +1,4 @@
-"""What the pipeline is given: refused in one sentence where it cannot be right; masks of every kind made pictures."""
-
-import math
+"""Prompts and masks as the pipeline is given them: prompts are counted, masks of every kind become grey pictures."""
 
 import numpy as np
 import torch
@@ -10,105 +8,96 @@ Mask = Image.Image | np.ndarray | torch.Tensor
 Prompt = str | list[str]
 
 
-def check_prompts(
-    prompt_1: Prompt | None,
-    prompt_2: Prompt | None,
-    prompt_1_embeds: torch.Tensor | None,
-    prompt_2_embeds: torch.Tensor | None,
-    negative_prompt_embeds: torch.Tensor | None,
-) -> None:
-    for number, prompt, embeds in ((1, prompt_1, prompt_1_embeds), (2, prompt_2, prompt_2_embeds)):
-        if (prompt is None) == (embeds is None):
-            raise ValueError(f"Provide either `prompt_{number}` or `prompt_{number}_embeds`, not both and not none.")
-        if prompt is not None and not isinstance(prompt, (str, list)):
-            raise TypeError(f"`prompt_{number}` has to be a `str` or `list` but is {type(prompt)}.")
-    if prompt_1 is not None and prompt_2 is not None and type(prompt_1) is not type(prompt_2):
-        raise TypeError(
-            f"`prompt_1` and `prompt_2` have to be of one type but are {type(prompt_1)} and {type(prompt_2)}."
-        )
-    size_1, size_2 = count_prompts(prompt_1, prompt_1_embeds), count_prompts(prompt_2, prompt_2_embeds)
-    if size_1 != size_2 or size_1 == 0:
-        raise ValueError(f"`prompt_1` and `prompt_2` have to be equally many but are {size_1} and {size_2}.")
-    shapes = {
-        tuple(embeds.shape)
-        for embeds in (prompt_1_embeds, prompt_2_embeds, negative_prompt_embeds)
-        if embeds is not None
-    }
-    if len(shapes) > 1 or (shapes and size_1 != min(shapes)[0]):
-        raise ValueError(f"the prompts' embeds have to have one shape ({size_1}, tokens, width) but have {shapes}.")
+def count_prompts(prompts: dict[str, Prompt | None], embeds: dict[str, torch.Tensor | None]) -> int:
+    """Return how many pictures "prompt_1", "prompt_2" and "negative_prompt" (which may be None) ask for.
 
-
-def count_prompts(prompt: Prompt | None, embeds: torch.Tensor | None) -> int:
-    if embeds is not None:
-        return len(embeds)
-    return len(prompt) if isinstance(prompt, list) else 1
-
-
-def check_size(height: int, width: int, factor: int) -> None:
-    if height < 1 or width < 1 or height % factor or width % factor:
-        raise ValueError(f"`height` and `width` have to be multiples of {factor} but are {height} and {width}.")
-
-
-def check_counts(num_inference_steps: int, num_images_per_prompt: int) -> None:
-    if num_inference_steps < 1 or num_images_per_prompt < 1:
-        raise ValueError(
-            "`num_inference_steps` and `num_images_per_prompt` have to be at least 1 but are "
-            f"{num_inference_steps} and {num_images_per_prompt}."
-        )
-
-
-def check_guidance_scale(guidance_scale: float) -> None:
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise ValueError(f"`guidance_scale` has to be a number of at least 0 but is {guidance_scale}.")
-
-
-def check_guidance_interval(guidance_interval: tuple[float, float]) -> None:
-    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-        raise ValueError(f"`guidance_interval` has to rise within 0 to 1 but is {guidance_interval}.")
-
-
-def check_output_type(output_type: str) -> None:
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"`output_type` has to be pil, np, pt or latent but is {output_type!r}.")
-
-
-def check_latents(latents: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    if latents is not None and tuple(latents.shape) != shape:
-        raise ValueError(f"`latents` has to have the shape {shape} but has {tuple(latents.shape)}.")
+    Raises:
+        TypeError, ValueError: they are neither given as text nor as embeddings, or do not fit each other.
+    """
+    counts = {}
+    for name, prompt in prompts.items():
+        texts = prompt if isinstance(prompt, list) else [] if prompt is None else [prompt]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"`{name}` has to be a `str` or `list` of them but is {prompt!r}.")
+        if not isinstance(embeds[name], torch.Tensor | None):
+            raise TypeError(f"`{name}_embeds` has to be a tensor but is {type(embeds[name])}.")
+        is_given = [prompt is not None, embeds[name] is not None]
+        if all(is_given) or not (any(is_given) or name == "negative_prompt"):
+            raise ValueError(f"Provide either `{name}` or `{name}_embeds`, and only one of the two.")
+        counts[name] = len(texts if (embed := embeds[name]) is None else embed)
+    types = [type(prompts[name]) for name in ("prompt_1", "prompt_2") if prompts[name] is not None]
+    if len(set(types)) > 1:
+        raise TypeError(f"`prompt_1` and `prompt_2` have to be of one type but are {types[0]} and {types[1]}.")
+    batch_size, other, negative = counts.values()
+    if batch_size != other or batch_size == 0:
+        raise ValueError(f"`prompt_1` and `prompt_2` have to be equally many but are {batch_size} and {other}.")
+    if negative != batch_size and prompts["negative_prompt"] is not None:
+        raise ValueError(f"`negative_prompt` has to hold one a prompt, {batch_size}, but holds {negative}.")
+    shapes = {tuple(embed.shape) for embed in embeds.values() if embed is not None}
+    if len(shapes) > 1 or (shapes and batch_size != min(shapes)[0]):
+        raise ValueError(f"the prompts' embeds have to have one shape ({batch_size}, tokens, width) but have {shapes}.")
+    return batch_size
 
 
 def to_mask_pictures(mask: Mask | list[Mask] | None, batch_size: int, height: int, width: int) -> list[Image.Image]:
-    """Return one "L" picture a prompt, so that every kind of mask takes the same way to the latents.
+    """Return one "L" picture a prompt, so that every kind of mask is resized to the latents in the same way.
 
     Raises:
-        ValueError: there are not as many as prompts, or one has another shape or range.
+        TypeError, ValueError: there are not as many masks as prompts, or one has another type, mode, shape or range.
     """
     if mask is None:
         raise ValueError("Provide `mask`: one a prompt.")
     if isinstance(mask, (np.ndarray, torch.Tensor)) and mask.ndim == 3:
         mask = list(mask)
-    masks = [_to_mask_picture(one) for one in (mask if isinstance(mask, list) else [mask])]
+    masks = mask if isinstance(mask, list) else [mask]
     if len(masks) != batch_size:
         raise ValueError(f"`mask` has to hold one mask a prompt, {batch_size}, but holds {len(masks)}.")
-    for one in masks:
-        if one.size != (width, height):
-            raise ValueError(f"`mask` has to be {width} x {height} pixels (width x height) but is {one.size}.")
-    return masks
+    return [_to_mask_picture(one, height, width) for one in masks]
 
 
-def _to_mask_picture(mask: Mask) -> Image.Image:
-    if isinstance(mask, Image.Image) and not mask.mode.startswith(("F", "I")):
-        return mask.convert("L")
+def _to_mask_picture(mask: Mask, height: int, width: int) -> Image.Image:
+    if not isinstance(mask, (Image.Image, np.ndarray, torch.Tensor)):
+        raise TypeError(f"`mask` has to be a PIL image, an array or a tensor but is {type(mask)}.")
+    if isinstance(mask, Image.Image):
+        if mask.size != (width, height):
+            raise ValueError(f"`mask` has to be {width} x {height} pixels (width x height) but is {mask.size}.")
+        if mask.has_transparency_data and not _is_opaque(mask):
+            raise ValueError(
+                f"`mask` of mode {mask.mode} is transparent in places, so it does not tell where it is white; "
+                'give mask.getchannel("A") if its shape lies in the alpha channel, else mask.convert("RGB").'
+            )
+        if not _holds_numbers(mask):
+            return _to_grey(mask)
     if isinstance(mask, torch.Tensor):
         mask = mask.detach().cpu().float() if mask.is_floating_point() else mask.cpu()  # numpy has no bfloat16
     values = np.asarray(mask)
-    if values.ndim != 2:
-        raise ValueError(f"`mask` has to have the shape (height, width) but has {values.shape}.")
+    if values.shape != (height, width):
+        raise ValueError(f"`mask` has to have the shape (height, width) = {height, width} but has {values.shape}.")
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"`mask` has to hold real numbers but holds {values.dtype}.")
     if values.dtype == np.uint8:
-        if values.max(initial=0) == 1:
+        if values.max() == 1:
             raise ValueError("`mask` of uint8 reaches from 0 to 255 but its largest value is 1: give bool or float.")
         return Image.fromarray(values)
     values = values.astype(np.float32)
     if not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(f"`mask` has to lie within 0 to 1 but reaches from {values.min()} to {values.max()}.")
     return Image.fromarray(np.uint8(np.round(values * 255)))
+
+
+def _holds_numbers(picture: Image.Image) -> bool:
+    """Return whether the picture's values are numbers (modes F, I, I;16 and their kin), not levels of 0 to 255."""
+    return picture.mode.startswith(("F", "I"))
+
+
+def _is_opaque(picture: Image.Image) -> bool:
+    if _holds_numbers(picture) or picture.mode == "La":  # Pillow drops or refuses their transparency
+        return False
+    return picture.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+
+
+def _to_grey(picture: Image.Image) -> Image.Image:
+    try:
+        return picture.convert("L")
+    except ValueError as error:
+        raise ValueError(f"`mask` of mode {picture.mode} cannot be turned into grey; give it as mode L.") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from .classes import normalise
+from .classes import comparison_key
 from .errors import InputError, first_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -122,7 +122,7 @@ def crop_square(image: Image.Image, side: int, position: float = 0.5) -> Image.I
 def _check_names(root: Path, folders: list[Path]) -> None:
     by_name: dict[str, Path] = {}
     for folder in folders:
-        name = normalise(folder.name)
+        name = comparison_key(folder.name)
         if folder.name.startswith(".") or not name or not folder.name.isprintable():
             raise InputError(f"`data_dir`: {str(folder)!r} is no name of a class; rename the folder or move it away")
         if name in by_name:

@@ -1,37 +1,29 @@
 """NoiseCutMix: two prompts' noise estimates, merged under a mask at every denoising step."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from .errors import RunError, is_out_of_memory
-from .inputs import (
-    Mask,
-    Prompt,
-    check_counts,
-    check_guidance_interval,
-    check_guidance_scale,
-    check_latents,
-    check_output_type,
-    check_prompts,
-    check_size,
-    count_prompts,
-    to_mask_pictures,
-)
+from .inputs import Mask, Prompt, count_prompts, to_mask_pictures
+from .ranges import RANGES, Range, is_whole_number
 
 DECODED_AT_ONCE = 8
 
 
 class NonFiniteImageError(RunError):
-    """Pictures came out not finite (an overflow of float16); `indices` tells which of the batch."""
+    """Pictures came out with nan or infinity; `indices` tells which of the batch."""
 
-    def __init__(self, indices: list[int]):
-        super().__init__(f"pictures {indices} of the batch are not finite; use dtype bfloat16 or float32")
+    def __init__(self, indices: list[int], dtype: torch.dtype):
+        advice = "use `dtype=bfloat16`" if dtype == torch.float16 else "are the model's weights finite?"
+        super().__init__(f"pictures {indices} of the batch are not finite in {dtype}; {advice}")
         self.indices = indices
 
 
@@ -43,10 +35,35 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "mask"]
-    name2placeholder: dict[str, str]
     # what a callback written for StableDiffusionPipeline may read
     _clip_skip = None
     _cross_attention_kwargs = None
+
+    def __init__(
+        self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers, safety_checker: object, feature_extractor: object,
+        image_encoder: object = None, requires_safety_checker: bool = True,
+        name2placeholder: Optional[dict[str, str]] = None,  # noqa: UP045 (diffusers 0.35 does not know X | None)
+    ):  # fmt: skip
+        super().__init__(
+            vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
+            requires_safety_checker,
+        )  # fmt: skip
+        self.name2placeholder = name2placeholder or {}
+
+    @property
+    def name2placeholder(self) -> dict[str, str]:
+        """The token of each class name. `save_pretrained` writes it into model_index.json."""
+        return self.config.name2placeholder  # type: ignore[no-any-return]  # diffusers leaves it untyped
+
+    @name2placeholder.setter
+    def name2placeholder(self, names: dict[str, str]) -> None:
+        self.register_to_config(name2placeholder=dict(names))
+
+    @property
+    def placeholder2name(self) -> dict[str, str]:
+        """The class name of each token."""
+        return {placeholder: name for name, placeholder in self.name2placeholder.items()}
 
     @torch.no_grad()
     def __call__(
@@ -76,10 +93,11 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         Args:
             prompt_1: the prompt, or list of prompts, for the mask's white.
             prompt_2: likewise for its black; as many, and of the same type.
-            mask: one mask a prompt, each of the picture's size: PIL (F, I: 0 to 1), or an array (height, width)
-                of uint8 0 to 255 or float 0 to 1; (B, height, width) is a batch. White is 1. Levels are 1/255.
+            mask: one mask a prompt, each of the picture's size: PIL (its grey level; F, I: 0 to 1) without
+                transparency, or an array (height, width) of uint8 0 to 255 or float 0 to 1; (B, height, width) is a
+                batch. White is 1. Levels are 1/255.
             height, width: in pixels, divisible by the VAE's factor; None is the model's own.
-            num_inference_steps: denoising steps, at least 1.
+            num_inference_steps: denoising steps, 1 to 999, or 998 where the scheduler's spacing is "leading".
             guidance_scale: of classifier-free guidance; at most 1 leaves the empty prompt out, eps = mixed.
             negative_prompt: in place of the empty prompt.
             num_images_per_prompt: pictures a pair; they are neighbours in the output (a, a, b, b).
@@ -88,7 +106,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             latents: the initial noise (B, channels, height / factor, width / factor) itself.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in diffusers; the tensors are "latents",
-                "prompt_embeds" (3B or 2B, tokens, width) and "mask" (B, 1, h, w).
+                "prompt_embeds" (3B or 2B, tokens, width) and "mask" (B, 1, h, w), whose shapes stay.
             guidance_interval: guide only in these fractions of the schedule, 0 its start and 1 its end; elsewhere
                 eps = mixed. (0, 1) is the method; less is an approximation that saves the empty prompt's share
                 (Kynkäänniemi et al., 2024, arXiv 2404.07724).
@@ -105,17 +123,13 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         width = sample_width * self.vae_scale_factor if width is None else width
 
         # 1. Check inputs
-        check_prompts(prompt_1, prompt_2, prompt_1_embeds, prompt_2_embeds, negative_prompt_embeds)
-        check_size(height, width, self.vae_scale_factor)
-        check_counts(num_inference_steps, num_images_per_prompt)
-        check_guidance_scale(guidance_scale)
-        check_guidance_interval(guidance_interval)
-        check_output_type(output_type)
-        self.check_inputs(  # diffusers' own for the rest; of height and width it expects a factor of 8
-            prompt_1, 8, 8, None, negative_prompt, prompt_1_embeds, negative_prompt_embeds,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        # diffusers' own callbacks say themselves which tensors they need
+        tensor_names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        batch_size = self.check_inputs(
+            prompt_1, prompt_2, height, width, num_inference_steps, guidance_scale, negative_prompt,
+            num_images_per_prompt, generator, latents, output_type, tensor_names, guidance_interval, prompt_1_embeds,
+            prompt_2_embeds, negative_prompt_embeds,
         )  # fmt: skip
-        batch_size = count_prompts(prompt_1, prompt_1_embeds)
         masks = to_mask_pictures(mask, batch_size, height, width)
 
         # 2. Define call parameters
@@ -125,7 +139,6 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         num_images = batch_size * num_images_per_prompt
         latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
         latents_shape = (num_images, self.unet.config.in_channels, latent_height, latent_width)
-        check_latents(latents, latents_shape)
 
         # 3. Encode the prompts
         embeds_1, uncond_embeds = self.encode_prompt(
@@ -158,6 +171,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         ).to(device, prompt_embeds.dtype)
 
         # 7. Denoise; some schedulers draw noise at every step
+        start, end = guidance_interval
         step_options = self.prepare_extra_step_kwargs(generator, eta=0.0)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
@@ -165,7 +179,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
                     continue
 
                 # one call for all estimates: prompt_1, prompt_2 and, where guided, the empty prompt
-                is_guided = guidance_scale > 1 and guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]
+                is_guided = self.guidance_scale > 1 and start <= i / len(timesteps) < end
                 branches = 3 if is_guided else 2
                 latent_model_input = torch.cat([latents] * branches)  # (3B, channels, h, w)
                 latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
@@ -178,14 +192,14 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
 
                 noise_estimate = latent_mask * estimates[0] + (1 - latent_mask) * estimates[1]
                 if is_guided:
-                    noise_estimate = estimates[2] + guidance_scale * (noise_estimate - estimates[2])
+                    noise_estimate = estimates[2] + self.guidance_scale * (noise_estimate - estimates[2])
 
                 latents = self.scheduler.step(noise_estimate, t, latents, **step_options, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds, "mask": latent_mask}
-                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors |= callback_on_step_end(self, i, t, chosen) or {}
+                    chosen = {name: tensors[name] for name in tensor_names}
+                    tensors |= _check_changes(callback_on_step_end(self, i, t, chosen) or {}, tensors)
                     latents, prompt_embeds, latent_mask = tensors["latents"], tensors["prompt_embeds"], tensors["mask"]
                 progress_bar.update()
 
@@ -205,6 +219,47 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             return images, None
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
 
+    def check_inputs(
+        self, prompt_1: Prompt | None, prompt_2: Prompt | None, height: int, width: int, num_inference_steps: int,
+        guidance_scale: float, negative_prompt: Prompt | None, num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None, latents: torch.Tensor | None, output_type: str,
+        tensor_names: tuple[str, ...] | list[str], guidance_interval: tuple[float, float],
+        prompt_1_embeds: torch.Tensor | None, prompt_2_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+    ) -> int:  # fmt: skip
+        """Refuse what cannot be right, and return the number of prompts; see `__call__` for parameters and errors."""
+        batch_size = count_prompts(
+            {"prompt_1": prompt_1, "prompt_2": prompt_2, "negative_prompt": negative_prompt},
+            {"prompt_1": prompt_1_embeds, "prompt_2": prompt_2_embeds, "negative_prompt": negative_prompt_embeds},
+        )
+        factor = self.vae_scale_factor
+        if any(not is_whole_number(side) or side < 1 or side % factor for side in (height, width)):
+            raise ValueError(f"`height` and `width` have to be multiples of {factor} but are {height} and {width}.")
+        schedule, most = self.scheduler.config, self.scheduler.config.num_train_timesteps
+        if isinstance(self.scheduler, DPMSolverMultistepScheduler):  # divides by differences of noise levels
+            most -= 1 + (schedule.timestep_spacing == "leading") * schedule.steps_offset  # more would repeat a level
+        Range(int, 1, most).check("num_inference_steps", num_inference_steps)
+        Range(int, 1).check("num_images_per_prompt", num_images_per_prompt)
+        RANGES["guidance_scale"].check("guidance_scale", guidance_scale)
+        for fraction in guidance_interval:
+            RANGES["guidance_interval"].check("guidance_interval", fraction)
+        if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
+            raise ValueError(f"`guidance_interval` has to rise within 0 to 1 but is {guidance_interval}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` has to be pil, np, pt or latent but is {output_type!r}.")
+        num_images = batch_size * num_images_per_prompt
+        shape = (num_images, self.unet.config.in_channels, height // factor, width // factor)
+        found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents)
+        if found not in (shape, type(None)):
+            raise ValueError(f"`latents` has to be a tensor of the shape {shape} but is {found}.")
+        generators = generator if isinstance(generator, list) else [generator] * num_images
+        if generator is not None and [type(one) for one in generators] != [torch.Generator] * num_images:
+            raise ValueError(f"`generator` has to be one of torch's generators or a list of {num_images} generators.")
+        known = self._callback_tensor_inputs
+        if not set(tensor_names) <= set(known):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be among {known} but is {tensor_names}.")
+        return batch_size
+
     @property
     def mask_processor(self) -> VaeImageProcessor:
         """Resizes a mask to the latents (Lanczos, not thresholded), values 0 to 1."""
@@ -223,8 +278,20 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             self.vae.enable_slicing()  # outside the handler, so that the failed try's memory is free
         is_finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
         if not all(is_finite):
-            raise NonFiniteImageError([index for index, finite in enumerate(is_finite) if not finite])
+            raise NonFiniteImageError([index for index, finite in enumerate(is_finite) if not finite], decoded.dtype)
         return decoded
+
+
+def _check_changes(changed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what a callback changed; refuse other names and shapes, which would be lost or broadcast."""
+    for name, tensor in changed.items():
+        if name not in tensors or tensor.shape != tensors[name].shape:
+            kept = " and ".join(f"`{name}` {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            raise ValueError(
+                f"`callback_on_step_end` returned `{name}` {tuple(tensor.shape)} but may change only {kept}: to end "
+                "guidance early, use `guidance_interval`."
+            )
+    return changed
 
 
 def _to_pil(decoded: torch.Tensor) -> list[Image.Image]:

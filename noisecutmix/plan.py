@@ -1,12 +1,14 @@
 """The plan: what item i of a data set is, known before anything is drawn."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from .cutmix import Box, area_ratio, sample_box
+from .ranges import RANGES, Range
+
+WHOLE_NUMBER, SHARE = Range(int, 0), Range(float, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,9 @@ class Item:
     """One picture to draw, square, `resolution` pixels a side.
 
     `target` and `aug` are labels from 0; `ratio` is the target's share of the area, inside `box`.
+
+    Raises:
+        ValueError: an index or a label that is not a whole number, or a ratio outside 0 to 1.
     """
 
     index: int
@@ -23,6 +28,10 @@ class Item:
     ratio: float
     noise_seed: int
     resolution: int
+
+    def __post_init__(self) -> None:
+        for name, valid in (("index", WHOLE_NUMBER), ("target", WHOLE_NUMBER), ("aug", WHOLE_NUMBER), ("ratio", SHARE)):
+            object.__setattr__(self, name, valid.check(name, getattr(self, name)))
 
     def soft_label(self, num_classes: int) -> np.ndarray:
         """Return r * onehot(target) + (1 - r) * onehot(aug): float32, (num_classes,), sum 1."""
@@ -40,7 +49,7 @@ class Plan:
     interruption or the number of items. Target classes are uniform, the aug class is uniform over the others.
 
     Raises:
-        ValueError: a negative seed, fewer than two classes, an alpha that is not positive, or a side below 1 pixel.
+        ValueError: an argument of the wrong kind or outside its range (see `RANGES`), or fewer than two classes.
     """
 
     seed: int
@@ -49,17 +58,20 @@ class Plan:
     resolution: int
 
     def __post_init__(self) -> None:
-        if self.seed < 0 or self.num_classes < 2 or self.resolution < 1:
-            raise ValueError(f"`seed`, `num_classes` and `resolution` have to be at least 0, 2 and 1 but are: {self}.")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"`alpha` has to be a positive number but is {self.alpha}.")
+        object.__setattr__(self, "num_classes", Range(int, 2).check("num_classes", self.num_classes))
+        for name in ("seed", "alpha", "resolution"):
+            object.__setattr__(self, name, RANGES[name].check(name, getattr(self, name)))
 
     def item(self, index: int, target: int | None = None, aug: int | None = None) -> Item:
         """Return item `index`; `target` and `aug` replace the drawn classes, box and noise stay the same.
 
         Raises:
-            ValueError: target and aug are given and equal.
+            ValueError: an index or a label is not a whole number or out of range, or target and aug are equal.
         """
+        index = WHOLE_NUMBER.check("index", index)
+        for name, label in (("target", target), ("aug", aug)):
+            if label is not None:
+                Range(int, 0, self.num_classes - 1).check(name, label)
         if target is not None and target == aug:
             raise ValueError(f"`target` and `aug` have to differ but are both {target}.")
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, index])))

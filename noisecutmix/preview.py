@@ -1,6 +1,10 @@
 """preview.png: what was drawn, at a glance."""
 
-from collections.abc import Sequence
+import functools
+import importlib.util
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -13,6 +17,11 @@ CAPTION_HEIGHT = 54
 MARGIN = 12
 TARGET_COLOR = (214, 39, 40)
 AUG_COLOR = (31, 119, 180)
+FONT_SIZES = range(20, 12, -1)  # in pixels, the preferred one first
+BUILT_IN = ""
+SYSTEM_FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc")
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def draw_preview(images: Sequence[Image.Image], items: Sequence[Item], class_names: Sequence[str]) -> Image.Image:
@@ -27,9 +36,33 @@ def draw_preview(images: Sequence[Image.Image], items: Sequence[Item], class_nam
         top = MARGIN + number // columns * cell_height
         grid.paste(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, top))
         _outline(grid, item, image.size, left, top)
-        target, aug = class_names[item.target], class_names[item.aug]
-        _write(grid, f"{item.ratio:.2f} {target}", (left, top + SIDE + 4), TARGET_COLOR)
-        _write(grid, f"{1 - item.ratio:.2f} {aug}", (left, top + SIDE + 28), AUG_COLOR)
+        for label, share, line, color in (
+            (item.target, item.ratio, 4, TARGET_COLOR),
+            (item.aug, 1 - item.ratio, 28, AUG_COLOR),
+        ):
+            text, font = _fit_caption(f"{share:.2f}", class_names[label], label)
+            ImageDraw.Draw(grid).text((left, top + SIDE + line), text, fill=color, font=font)
+    return grid
+
+
+def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Return each class's real picture and drawn ones side by side under its name, in two columns where there are many.
+
+    Args:
+        rows: (class name, pictures, the real one first), as many pictures in each.
+    """
+    side, top = SIDE // 2, 30
+    columns = 2 if len(rows) > 4 else 1
+    step = side + MARGIN
+    width, height = step * len(rows[0][1]) + MARGIN, step + top
+    grid = Image.new("RGB", (width * columns, height * -(-len(rows) // columns)), "white")
+    for number, (name, images) in enumerate(rows):
+        left, upper = number % columns * width + MARGIN, number // columns * height
+        text, font = _fit_caption("", name, number)
+        ImageDraw.Draw(grid).text((left, upper + 4), text, fill="black", font=font)
+        for place, image in enumerate(images):
+            scaled = image.resize((side, side), Image.Resampling.BICUBIC)
+            grid.paste(scaled, (left + step * place, upper + top))
     return grid
 
 
@@ -47,29 +80,60 @@ def _outline(grid: Image.Image, item: Item, size: tuple[int, int], left: int, to
     ImageDraw.Draw(grid).rectangle(outline, outline=TARGET_COLOR, width=3)
 
 
-def _write(grid: Image.Image, text: str, position: tuple[int, int], color: tuple[int, int, int]) -> None:
-    """Write one line, in a smaller size where it would not fit."""
-    size = 20
-    while size > 10 and ImageFont.load_default(size).getlength(text) > SIDE:
-        size -= 1
-    ImageDraw.Draw(grid).text(position, text, fill=color, font=ImageFont.load_default(size))
+def _fit_caption(start: str, class_name: str, label: int) -> tuple[str, Font]:
+    """Return a caption of at most the picture's width, and its font; "class 17" for a name that no font can show."""
+    name = unicodedata.normalize("NFC", " ".join(class_name.split()))
+    file = next((file for file in _font_files() if _can_show(file, name)), None)
+    if file is None:
+        file, name = BUILT_IN, f"class {label}"
+    text = f"{start} {name}".strip()
+    for size in FONT_SIZES:
+        font = _load_font(file, size)
+        if font.getlength(text) <= SIDE:
+            return text, font
+    text = text[: SIDE // 2]  # no letter is narrower than two pixels
+    while font.getlength(f"{text}...") > SIDE:
+        text = text[:-1]
+    return f"{text.rstrip()}...", font
 
 
-def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Return each class's real picture and drawn ones side by side under its name, in two columns where there are many.
+def _font_files() -> Iterator[str]:
+    """Yield Pillow's built-in font, which has ASCII letters alone, then fonts that this machine may have."""
+    yield BUILT_IN
+    yield from SYSTEM_FONTS
+    matplotlib = importlib.util.find_spec("matplotlib")  # it brings a font to machines that have none
+    if matplotlib and matplotlib.origin:
+        yield str(Path(matplotlib.origin).with_name("mpl-data") / "fonts" / "ttf" / "DejaVuSans.ttf")
 
-    Args:
-        rows: (class name, pictures, the real one first), as many pictures in each.
-    """
-    side, top = SIDE // 2, 30
-    columns = 2 if len(rows) > 4 else 1
-    step = side + MARGIN
-    width, height = step * len(rows[0][1]) + MARGIN, step + top
-    grid = Image.new("RGB", (width * columns, height * -(-len(rows) // columns)), "white")
-    for number, (name, images) in enumerate(rows):
-        row = Image.new("RGB", (width, height), "white")  # a picture of its own, so that a long name is cut off
-        ImageDraw.Draw(row).text((MARGIN, 4), f"{name}: real, then drawn", "black", ImageFont.load_default(18))
-        for place, image in enumerate(images):
-            row.paste(image.resize((side, side), Image.Resampling.BICUBIC), (MARGIN + step * place, top))
-        grid.paste(row, (number % columns * width, number // columns * height))
-    return grid
+
+@functools.lru_cache
+def _load_font(file: str, size: int) -> Font:
+    try:
+        if file == BUILT_IN:
+            return ImageFont.load_default(size)
+        # The other layout engine is not part of every Pillow; with this one captions look the same everywhere.
+        return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
+    except ImportError:  # a Pillow without FreeType has one font of one size
+        return ImageFont.load_default()
+
+
+def _can_show(file: str, text: str) -> bool:
+    """Return whether a font is there and has a glyph for each letter of a text."""
+    try:
+        font = _load_font(file, FONT_SIZES[0])
+    except OSError:
+        return False
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        return text.isascii() and text.isprintable()
+    missing = _draw_letter(font, "\uffff")  # no character, so this is the box that stands for a missing glyph
+    return all(_is_simple(letter) and _draw_letter(font, letter) != missing for letter in text)
+
+
+def _draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
+
+
+def _is_simple(letter: str) -> bool:
+    """Return whether a letter can stand alone: not from right to left, and no mark that belongs to another letter."""
+    return unicodedata.bidirectional(letter) not in ("R", "AL") and not unicodedata.category(letter).startswith("M")

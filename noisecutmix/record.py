@@ -1,51 +1,147 @@
-"""What a data set is drawn with: to tell whether a run may go on in a folder, or draw beside another process."""
+"""What run.json records of a data set's runs, and how two records are compared."""
 
+import argparse
 import hashlib
+import json
+import sys
+import uuid
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, first_line
+from . import __version__
+from .errors import InputError
+from .files import atomic_file
+from .sources import find_checkpoint_files, find_model
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
 SAMPLED_BYTES = 2**20
 LONGEST_TOLD = 120
-MODEL_SUFFIXES = (".json", ".txt", ".safetensors")
 
 
 def fingerprint_files(root: Path, files: Iterable[Path]) -> str:
     """Return a SHA-256 of the files' names below `root`, sizes, and each one's first and last MiB.
 
     A fine-tuned model differs there, and gigabytes need not be read.
+
+    Raises:
+        InputError: a file cannot be read.
     """
     digest = hashlib.sha256()
     for file in sorted(files):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root).as_posix()} {size}\n".encode())
-        with open(file, "rb") as content:
-            digest.update(content.read(SAMPLED_BYTES))
-            content.seek(max(size - SAMPLED_BYTES, 0))
-            digest.update(content.read(SAMPLED_BYTES))
+        try:
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(root).as_posix()} {size}\n".encode())
+            with open(file, "rb") as content:
+                digest.update(content.read(SAMPLED_BYTES))
+                content.seek(max(size - SAMPLED_BYTES, 0))
+                digest.update(content.read(SAMPLED_BYTES))
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
-def fingerprint_model(model: str) -> str:
-    """Return the fingerprint of a local diffusers folder, or the commit of a hub id as cached or downloaded.
+def fingerprint_model(model: str, prefers_half: bool) -> str:
+    """Return the fingerprint of the files that are loaded of a model (see `find_model`)."""
+    folder, _, files = find_model(model, prefers_half)
+    return fingerprint_files(folder, files)
+
+
+def fingerprint_checkpoint(ckpt_path: Path) -> str:
+    """Return the fingerprint of the files that are loaded of a checkpoint."""
+    return fingerprint_files(ckpt_path, (file for file in find_checkpoint_files(ckpt_path) if file.exists()))
+
+
+@dataclass
+class Record:
+    """The content of run.json.
+
+    Args:
+        num_aug: the number of items that the folder is planned for.
+        options: all that shapes the data, as JSON values; every run in a folder has the same.
+        runs: what else is worth knowing of each run: its command, machine and versions.
+        is_cleared: False while the items of an overwritten data set may still lie in the folder.
+        identity: of the latest run. No other run's process may write into the folder.
+    """
+
+    num_aug: int
+    options: dict[str, Any]
+    runs: list[dict[str, Any]]
+    is_cleared: bool = True
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def read(cls, file: Path) -> "Record | None":
+        """Return what a file records, None where there is no file.
+
+        Raises:
+            InputError: the file cannot be read, or is not one of this program's.
+        """
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            num_aug, options, runs = content["num_aug"], content["options"], content["runs"]
+            if not (type(num_aug) is int and num_aug > 0 and isinstance(options, dict) and isinstance(runs, list)):
+                raise ValueError
+            if not runs or not all(isinstance(word, str) for run in runs for word in run["command"]):
+                raise ValueError
+            return cls(num_aug, options, runs, content.get("is_cleared", True), content.get("identity", ""))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}; make it readable") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"`output_dir`: {file} is not from this program; choose another folder") from error
+
+    def write(self, file: Path) -> None:
+        with atomic_file(file) as content:
+            content.write(json.dumps(asdict(self), indent=2, ensure_ascii=False).encode())
+
+
+def describe_shape(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Return all options that shape the data, as JSON values: a run may go on only where they are the same."""
+    dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
+    return {
+        "seed": options.seed,
+        "alpha": options.alpha,
+        "guidance_scale": options.guidance_scale,
+        "guidance_interval": list(options.guidance_interval),
+        "num_inference_steps": options.num_inference_steps,
+        "resolution": options.resolution,
+        "dtype": dtype,
+        "prompt": options.prompt,
+        "meta_class": options.classes.meta_class,
+        "class_names": list(options.classes.names),
+        "model": fingerprint_model(options.model, prefers_half=dtype == "float16"),
+        "checkpoint": fingerprint_checkpoint(options.ckpt_path),
+    }
+
+
+def check_same_as_main(own: dict[str, Any], main: dict[str, Any]) -> None:
+    """Refuse to draw other pictures than the main process of the launch, on a machine with other files, say.
 
     Raises:
-        InputError: the hub has no such model, or cannot be reached and nothing is cached.
+        InputError: an option differs.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        return fingerprint_files(folder, (file for file in folder.glob("*/*") if file.suffix in MODEL_SUFFIXES))
-    from huggingface_hub import hf_hub_download
+    differences = describe_differences(main, own)
+    if differences:
+        raise InputError(f"the main process has another {differences}; give all the same command and files")
 
-    try:
-        return Path(hf_hub_download(model, "model_index.json")).parent.name
-    except Exception as error:  # the hub's client raises its own, requests' and httpx's errors, by version
-        raise InputError(
-            f"--model: {model} is no local folder and cannot be had from the hub ({first_line(error)}); "
-            "download it once (README) or give a local diffusers folder"
-        ) from error
+
+def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Return what is worth knowing of a run beside what shapes the data; `command` goes on with it."""
+    return {
+        "command": ["python", *(argument for argument in sys.argv if argument != "--overwrite")],
+        "data_name": options.data_name,
+        "model": options.model,
+        "ckpt_path": str(options.ckpt_path),
+        "batch_size": options.batch_size,
+        "device": device,
+        "compile": options.compile,
+        "versions": {"noisecutmix": __version__, **{name: version(name) for name in LIBRARIES}},
+    }
 
 
 def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:

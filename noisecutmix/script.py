@@ -1,9 +1,8 @@
-"""How a script runs: its device and generator, its messages and its exit status. Imports no torch before it must."""
+"""How a script ends: its exit status, its one-line messages, its signals. Imports no torch."""
 
-import argparse
 import contextlib
-import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -11,256 +10,159 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from .classes import EMBEDDINGS_FILE, LORA_FILE
-from .errors import InputError, PeerStoppedError, RunError, is_out_of_memory
-from .launch import is_launched, is_main_process, say
+from .errors import InputError, PeerStoppedError, RunError
+from .launch import read_number, say
 
-if TYPE_CHECKING:
-    from .folder import OutputFolder
-    from .generator import NoiseCutMixGenerator
+LONGEST_ENDING = 10  # seconds; a later signal ends a process that is still busy with ending
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: stop as for Ctrl-C, with that signal's exit status."""
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM."""
 
 
-def fail(message: str, status: int) -> NoReturn:
-    """Say in one line what is wrong, and exit. Bad input is said once a machine, a failure by the process it hit."""
-    rank = "" if is_main_process() else f"process {os.environ['RANK']}: "
-    if not rank or status != 2 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(message.split())}", file=sys.stderr)
-    leave(status)
+class UnfailingStream:
+    """Standard output or error. A reader that has gone, or letters that the encoding lacks, never fail a run."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._unfailing(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._unfailing(self._stream.flush)
+
+    def _unfailing(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError:  # what waits in the stream's buffer, and all that follows, goes nowhere
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
-def leave(status: int) -> NoReturn:
-    """Exit; from a launch at once, since gloo's threads may abort while Python ends."""
-    if is_launched():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+class _Signals:
+    """The first SIGINT or SIGTERM raises Stopped. It is remembered, since libraries may turn that into other errors."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self._time = 0.0
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell starts a process in the background
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.first is None:
+            self.first, self._time = number, time.monotonic()
+            raise Stopped
+        if time.monotonic() - self._time > LONGEST_ENDING:
+            os._exit(128 + number)
+
+
+_signals = _Signals()
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script: one line and an exit status in place of a traceback where the user can mend it.
+
+    0: done. 2: bad input. 1: the run could not go on. 130 and 143: Ctrl-C and SIGTERM.
+    """
+    sys.stdout, sys.stderr = UnfailingStream(sys.stdout), UnfailingStream(sys.stderr)
+    _signals.listen()
+    status = 0
+    try:
+        main()
+    except SystemExit as end:  # of --help
+        status = int(end.code or 0)
+    except BaseException as error:
+        status = _report(error)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # Python's own ending is not to be interrupted
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if read_number("WORLD_SIZE") > 1:
+        os._exit(status)  # a thread that waits for the network would hold up the others' end
     sys.exit(status)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script: one line and an exit status in place of a traceback where the user can mend it.
+def check_signals() -> None:
+    """Raise Stopped where a signal arrived and a library has swallowed the exception."""
+    if _signals.first is not None:
+        raise Stopped
 
-    2: bad input. 1: the run could not go on. 130 and 143: Ctrl-C and SIGTERM.
+
+@contextlib.contextmanager
+def adding_progress(describe_progress: Callable[[], str], how_to_go_on: str) -> Iterator[None]:
+    """Add to a stop's or a failure's message how far the run has come, and how it goes on.
+
+    Args:
+        describe_progress: "7 of 20 items are done"; empty where nothing has begun, then nothing is added.
+        how_to_go_on: "the same command goes on".
     """
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        main()
-        leave(0)
-    except InputError as error:
-        fail(str(error), 2)
-    except PeerStoppedError as error:
-        say(str(error))
-        leave(1)
-    except RunError as error:
-        fail(str(error), 1)
-    except OSError as error:
-        fail(describe(error), 1)
-    except KeyboardInterrupt as interrupt:
-        say(str(interrupt) or "stopped; run the same command again")
-        leave(143 if isinstance(interrupt, Terminated) else 130)
-    except Exception:  # a fault of the program: all that Python would tell, too
-        traceback.print_exc()
-        leave(1)
+        yield
+    except BaseException as error:
+        is_stop = _signals.first is not None or isinstance(error, KeyboardInterrupt)
+        if not (is_stop or isinstance(error, (OSError, RunError))):
+            raise
+        try:
+            progress = describe_progress()
+        except OSError as failure:
+            progress = describe_os_error(failure)
+        if not progress:
+            raise
+        if isinstance(error, PeerStoppedError):
+            raise PeerStoppedError(f"{error}; {progress}; {how_to_go_on}") from error
+        if is_stop:
+            raise Stopped(f"stopped: {progress}; {how_to_go_on}") from error
+        if isinstance(error, OSError):
+            raise RunError(f"{describe_os_error(error)}; {progress}; {how_to_go_on}") from error
+        raise RunError(f"{error}; {progress}") from error
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
-
-
-def describe(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """Return an operating system's error as one line that names the file."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
-@contextlib.contextmanager
-def telling_progress(folder: "OutputFolder", overwrite: bool) -> Iterator[None]:
-    """Add to a stop's or a failure's message how many items are done and how to go on."""
-    try:
-        yield
-    except (KeyboardInterrupt, OSError, RunError) as error:
-        if overwrite and not folder.has_begun:
-            raise  # what is in the folder is the earlier run's
-        progress = _progress(folder)
-        how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
-        if isinstance(error, KeyboardInterrupt):
-            raise type(error)(f"stopped: {progress}; {how}") from error
-        if isinstance(error, OSError):
-            raise RunError(f"{describe(error)}; {progress}; {how}") from error
-        if isinstance(error, PeerStoppedError):
-            raise PeerStoppedError(f"{error}; {progress}; {how}") from error
-        raise RunError(f"{error}; {progress}") from error
+def with_flags(message: str) -> str:
+    """Return a message of the package, which speaks of `resolution` or `dtype=float16`, with the scripts' flags."""
+    return re.sub(r"`(\w+)(=[^`]*)?`", r"--\1\2", message)
 
 
-def _progress(folder: "OutputFolder") -> str:
-    try:
-        return f"{folder.count_done()} of {folder.num_items} items are done"
-    except OSError:
-        return f"{folder.root} cannot be read"
+def _report(error: BaseException) -> int:
+    """Print one line that says why the script ends, and return the exit status."""
+    is_first_on_machine = read_number("LOCAL_RANK") == 0
+    if isinstance(error, PeerStoppedError):
+        if is_first_on_machine:
+            _print_error(str(error))
+        return 1
+    if _signals.first is not None or isinstance(error, KeyboardInterrupt):
+        has_progress = isinstance(error, Stopped) and str(error)
+        say(with_flags(str(error)) if has_progress else "stopped; run the same command again")
+        return 128 + (_signals.first or signal.SIGINT)
+    if isinstance(error, InputError):
+        if is_first_on_machine:
+            _print_error(str(error))
+        return 2
+    if isinstance(error, RunError):
+        _print_error(str(error))
+    elif isinstance(error, OSError):
+        _print_error(describe_os_error(error))
+    else:  # a fault of the program
+        traceback.print_exception(error)
+    return 1
 
 
-def choose_device(requested: str | None) -> str:
-    """Return the device to draw on: the requested one, else cuda, mps or cpu, whichever is there first.
-
-    Raises:
-        InputError: the requested device is not there.
-    """
-    if requested is None:
-        import torch
-
-        if torch.cuda.is_available():
-            return "cuda"
-        if torch.backends.mps.is_available():
-            return "mps"
-        say("no GPU seen: drawing on the CPU")
-        return "cpu"
-    if requested == "mps" and not _has_mps():
-        raise InputError("--device: mps is not there; try --device=cpu")
-    if requested.startswith("cuda"):
-        number = int(requested.partition(":")[2] or 0)
-        for count_devices in (_count_devices_by_driver, _count_devices_by_torch):  # the quick one first
-            count = count_devices()
-            if number >= count:
-                raise InputError(f"--device: {requested} is not there, CUDA devices seen: {count}; try --device=cpu")
-    return requested
-
-
-def _has_mps() -> bool:
-    if sys.platform != "darwin":
-        return False
-    import torch
-
-    return torch.backends.mps.is_available()
-
-
-def _count_devices_by_driver() -> int:
-    """Ask NVIDIA's driver, which answers in milliseconds where importing torch takes seconds."""
-    try:
-        driver = ctypes.CDLL("nvcuda" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        # one of AMD's, which torch calls cuda too, or a driver that only torch's own paths lead to
-        may_be_there = sys.platform != "linux" or any(Path(file).exists() for file in ("/dev/kfd", "/dev/nvidiactl"))
-        return _count_devices_by_torch() if may_be_there else 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) == 0:
-        driver.cuDeviceGetCount(ctypes.byref(count))
-    return count.value
-
-
-def _count_devices_by_torch() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def make_output_dir(path: Path) -> None:
-    """Make a folder where there is none.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir: {path} cannot be made: {error.strerror}") from error
-
-
-def options_that_shape_the_data(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Return what a data set depends on, as JSON values: a run may go on only where all of it is the same."""
-    from .record import fingerprint_files, fingerprint_model
-
-    return {
-        "seed": options.seed,
-        "alpha": options.alpha,
-        "guidance_scale": options.guidance_scale,
-        "guidance_interval": list(options.guidance_interval),
-        "num_inference_steps": options.num_inference_steps,
-        "resolution": options.resolution,
-        "dtype": _dtype_name(options, device),
-        "prompt": options.prompt,
-        "meta_class": options.classes.meta_class,
-        "class_names": list(options.classes.names),
-        "model": fingerprint_model(options.model),
-        "checkpoint": fingerprint_files(
-            options.ckpt_path, (options.ckpt_path / name for name in (LORA_FILE, EMBEDDINGS_FILE))
-        ),
-    }
-
-
-def compare_with_main_process(own: dict[str, Any], main: dict[str, Any]) -> None:
-    """Refuse to draw other pictures than the main process of the launch, on a machine with other files, say.
-
-    Raises:
-        InputError: an option differs.
-    """
-    from .record import describe_differences
-
-    differences = describe_differences(main, own)
-    if differences:
-        raise InputError(f"the main process has another {differences}; give all the same command and files")
-
-
-def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Return what is worth knowing of a run beside what shapes the data; `command` goes on with it."""
-    return {
-        "command": ["python", *(argument for argument in sys.argv if argument != "--overwrite")],
-        "data_name": options.data_name,
-        "model": options.model,
-        "ckpt_path": str(options.ckpt_path),
-        "batch_size": options.batch_size,
-        "device": device,
-        "compile": options.compile,
-    }
-
-
-def create_generator(options: argparse.Namespace, device: str) -> "NoiseCutMixGenerator":
-    """Load what the options ask for, without the libraries' chatter; compile it where asked."""
-    import torch
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    from .generator import NoiseCutMixGenerator  # its imports chatter too
-
-    try:
-        generator = NoiseCutMixGenerator(
-            device=device,
-            data_name=options.data_name,
-            ckpt_path=options.ckpt_path,
-            guidance_scale=options.guidance_scale,
-            num_inference_steps=options.num_inference_steps,
-            alpha=options.alpha,
-            model=options.model,
-            resolution=options.resolution,
-            dtype=getattr(torch, _dtype_name(options, device)),
-            prompt=options.prompt,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            guidance_interval=tuple(options.guidance_interval),
-        )
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error
-    if options.compile:
-        start = time.perf_counter()
-        try:
-            generator.compile()
-        except RunError:
-            raise
-        except Exception as error:  # a missing compiler, for one: torch's errors differ by backend and version
-            reason = str(error).partition("\n\n")[0]
-            raise RunError(f"--compile: {type(error).__name__}: {reason}; try without it") from error
-        say(f"compiled in {time.perf_counter() - start:.0f} s")
-    return generator
-
-
-def _dtype_name(options: argparse.Namespace, device: str) -> str:
-    return options.dtype or ("float16" if device.startswith("cuda") else "float32")
+def _print_error(message: str) -> None:
+    rank = f"process {read_number('RANK')}: " if read_number("RANK") else ""
+    print(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(with_flags(message).split())}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """Fine-tuning as Diff-Mix does it: a LoRA on the UNet's attention and one new token a class, all else frozen."""
 
 import contextlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,19 +8,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from torch import nn
 
-from .checkpoint import _load_model, save_checkpoint
+from .checkpoint import DTYPES, load_base_model, save_checkpoint
 from .classes import DEFAULT_PROMPT, normalise
 from .errors import InputError
-from .launch import LONGEST_WAIT
+from .launch import Launch
 from .photos import Photos
 from .posteriors import Posteriors, plan_showing
+from .quiet import quiet_libraries
 
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 LARGEST_GRADIENT = 1.0  # the norm at which the LoRA's is clipped
@@ -49,7 +49,7 @@ class Settings:
     seed: int
 
 
-def create_accelerator(device: str, dtype: str) -> Accelerator:
+def create_accelerator(device: str, dtype: str, launch: Launch) -> Accelerator:
     """Join the processes of this launch, on cuda, cuda:N, mps or cpu.
 
     Raises:
@@ -57,15 +57,13 @@ def create_accelerator(device: str, dtype: str) -> Accelerator:
     """
     if ":" in device:
         torch.cuda.set_device(device)
+    launch.connect_torch("nccl" if device.startswith("cuda") else "gloo")
     try:
         accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision=MIXED_PRECISION[dtype],
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer accumulates itself
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
         raise InputError(f"`dtype`: {dtype} cannot be used on {device}: {error}") from error
@@ -124,14 +122,12 @@ class Trainer:
         self.settings = settings
         self.photos = photos
         self._accelerator = accelerator
-        self._dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._dtype: torch.dtype = DTYPES[settings.dtype]
         per_process = settings.train_batch_size * settings.gradient_accumulation_steps
         self.effective_batch = per_process * accelerator.num_processes
         # peft draws first weights, which are drawn anew below
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # diffusers 0.42 warns of torch_dtype's new name, which 0.35 does not know
-            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
-            pipe = _load_model(settings.model, prefer_half=self._dtype == torch.float16)
+        with quiet_libraries(), torch.random.fork_rng(devices=[]):
+            pipe = load_base_model(settings.model, prefers_half=self._dtype == torch.float16)
             pipe.to(self._dtype)
             for part in (pipe.vae, pipe.text_encoder, pipe.unet):
                 part.requires_grad_(False)

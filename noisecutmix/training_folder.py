@@ -4,23 +4,22 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from .classes import EMBEDDINGS_FILE, LORA_FILE
+from .classes import CLASSES_FILE, EMBEDDINGS_FILE, FINETUNE_FILE, LORA_FILE
 from .errors import InputError
-from .files import atomic_file
+from .files import atomic_file, hold_folder
 from .launch import say
 from .record import describe_differences
 
-RECORD, CLASSES, PREVIEW, POSTERIORS = "finetune.json", "classes.json", "preview.png", "pictures.bin"
-CHECKPOINT = (LORA_FILE, EMBEDDINGS_FILE, CLASSES)
+PREVIEW_FILE, POSTERIORS_FILE = "preview.png", "pictures.bin"
+CHECKPOINT = (LORA_FILE, EMBEDDINGS_FILE, CLASSES_FILE)
 STATE = re.compile(r"state_(\d+)\.pt")
 STATES_KEPT = 2
 WRITTEN = re.compile(
-    rf"{STATE.pattern}|pictures\.(bin|part)|" + "|".join(map(re.escape, (*CHECKPOINT, RECORD, PREVIEW)))
+    rf"{STATE.pattern}|pictures\.(bin|part)|" + "|".join(map(re.escape, (*CHECKPOINT, FINETUNE_FILE, PREVIEW_FILE)))
 )
 TEMPORARY = re.compile(rf"\.({WRITTEN.pattern})\.[0-9a-f]{{32}}\.tmp")
 
@@ -37,14 +36,12 @@ class TrainingFolder:
 
     def __init__(self, root: Path):
         self.root = root
-        self.posteriors_file = root / POSTERIORS
+        self.posteriors_file = root / POSTERIORS_FILE
         self.has_begun = False
-        self._lock = FileLock(root / ".lock", timeout=0)
 
-    def take(self, options: dict[str, Any], max_train_steps: int, overwrite: bool) -> None:
-        """Lock the folder for this run, or refuse another run's and one that was made with other options.
-
-        Nothing else is changed before `begin`.
+    @contextlib.contextmanager
+    def held(self, options: dict[str, Any], max_train_steps: int, overwrite: bool) -> Iterator[None]:
+        """Lock the folder, which is made where it is not there; a new one goes again if nothing is written into it.
 
         Args:
             options: all that shapes what is trained, as JSON values; it must equal that of an earlier run here.
@@ -52,23 +49,14 @@ class TrainingFolder:
             overwrite: an earlier run's files are to be deleted, so its options do not matter.
 
         Raises:
-            InputError: the folder cannot be taken.
+            InputError: another run holds the folder, it was made with other options, or it is not this program's.
         """
         self._read_record(options, max_train_steps, overwrite)
-        self._is_new = not self.root.exists()
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout as error:
-            raise InputError(
-                f"`output_dir`: another run is writing into {self.root}; wait or choose another"
-            ) from error
-        except OSError as error:
-            raise InputError(f"`output_dir`: {self.root} cannot be written: {error.strerror}") from error
-        # once more: what another run wrote between the look and the lock
-        self._record = {} if overwrite else self._read_record(options, max_train_steps, overwrite)
-        self._options = options
-        self._overwrite = overwrite
+        with hold_folder(self.root):
+            self._record = self._read_record(options, max_train_steps, overwrite)  # again: another run may have written
+            self._options = options
+            self._overwrite = overwrite
+            yield
 
     def begin(self, content: dict[str, Any], run: dict[str, Any]) -> None:
         """Clear away what is not whole, or all of an earlier run, and write finetune.json.
@@ -120,30 +108,20 @@ class TrainingFolder:
         for _, old in sorted(self._states())[:-STATES_KEPT]:
             old.unlink()
 
-    def count_steps(self) -> int:
-        """Return the newest state's step."""
-        return max((step for step, _ in self._states()), default=0)
+    def describe_progress(self, max_train_steps: int) -> str:
+        """Return which state is kept; empty where this run has not begun."""
+        return f"the state of step {self._newest()} of {max_train_steps} is kept" if self.has_begun else ""
 
     def finish(self, steps: int, losses: list[float], classes: dict[str, Any]) -> None:
         """Write what tells that the checkpoint, which is there already, has these steps."""
-        with atomic_file(self.root / CLASSES) as file:
+        with atomic_file(self.root / CLASSES_FILE) as file:
             file.write(json.dumps(classes, indent=2, ensure_ascii=False).encode())
-        (self.root / PREVIEW).unlink(missing_ok=True)
+        (self.root / PREVIEW_FILE).unlink(missing_ok=True)
         self._write_record(steps, losses)
         self.posteriors_file.unlink(missing_ok=True)
 
     def has_preview(self) -> bool:
-        return (self.root / PREVIEW).is_file()
-
-    def close(self) -> None:
-        """Release the lock; a folder made for this run goes again where nothing was written into it."""
-        if not self._lock.is_locked:
-            return
-        self._lock.release()
-        with contextlib.suppress(OSError):
-            if self._is_new and [file.name for file in self.root.iterdir()] == [".lock"]:
-                (self.root / ".lock").unlink()
-                self.root.rmdir()
+        return (self.root / PREVIEW_FILE).is_file()
 
     def _state_file(self, step: int) -> Path:
         return self.root / f"state_{step:08d}.pt"
@@ -154,16 +132,19 @@ class TrainingFolder:
         found = ((STATE.fullmatch(file.name), file) for file in self.root.iterdir())
         return [(int(match[1]), file) for match, file in found if match]
 
+    def _newest(self) -> int:
+        return max((step for step, _ in self._states()), default=0)
+
     def _write_record(self, steps: int, losses: list[float]) -> None:
         """Write finetune.json: readable, but all losses in one line."""
         content = json.dumps({**self._record, "steps": steps, "losses": None}, indent=2, ensure_ascii=False)
         self._record.update(steps=steps, losses=losses)
-        with atomic_file(self.root / RECORD) as file:
+        with atomic_file(self.root / FINETUNE_FILE) as file:
             file.write(content.replace('"losses": null', f'"losses": {json.dumps(losses)}').encode())
 
     def _read_record(self, options: dict[str, Any], max_train_steps: int, overwrite: bool) -> dict[str, Any]:
         """Return the earlier finetune.json, empty where there is none, or refuse the folder."""
-        file = self.root / RECORD
+        file = self.root / FINETUNE_FILE
         if not file.exists():
             foreign = [name for name in CHECKPOINT if (self.root / name).exists()]
             if foreign:
@@ -185,9 +166,9 @@ class TrainingFolder:
                 f"`output_dir`: {self.root} was made with another {differences}; "
                 "give the same, another folder, or `overwrite`"
             )
-        if max(steps, self.count_steps()) > max_train_steps:
+        if max(steps, self._newest()) > max_train_steps:
             raise InputError(
-                f"`max_train_steps`: {self.root} has {max(steps, self.count_steps())} steps already; "
+                f"`max_train_steps`: {self.root} has {max(steps, self._newest())} steps already; "
                 "ask for at least as many, or give another folder"
             )
         return earlier

@@ -28,10 +28,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from noisecutmix import AugmentedDataset, MixedDataset, cli, script
+from noisecutmix import AugmentedDataset, MixedDataset, cli, record, script
 from noisecutmix.cutmix import Box, draw_mask, sample_box
 from noisecutmix.errors import RunError
 from noisecutmix.folder import OutputFolder
+from noisecutmix.generator import create_generator
 from noisecutmix.plan import Item, Plan
 from noisecutmix.preview import AUG_COLOR, TARGET_COLOR
 
@@ -84,13 +85,12 @@ def draw_mixed(arguments: list[str]) -> None:
 def draw_single_class(root: Path, plan: SingleClassPlan, num_items: int, options: argparse.Namespace) -> None:
     """Draw the plan's items into a folder such as augmentation.py's; goes on where an earlier run stopped."""
     folder = OutputFolder(root, plan, num_items, options.classes.names)
-    shaping = {**script.options_that_shape_the_data(options, DEVICE), "shown": plan.shown}
-    folder.take(shaping, overwrite=False)
-    try:
-        folder.begin(script.describe_run(options, DEVICE))
-        missing = folder.find_missing().tolist()
+    shape = {**record.describe_shape(options, DEVICE), "shown": plan.shown}
+    with folder.held(shape, overwrite=False):
+        folder.begin(shape, record.describe_run(options, DEVICE))
+        missing = folder.mend(np.arange(num_items)).tolist()
         if missing:
-            generator = script.create_generator(options, DEVICE)
+            generator = create_generator(options, DEVICE, plan)
             with tqdm(total=num_items, initial=num_items - len(missing), unit="image") as bar:
                 for start in range(0, len(missing), generator.batch_size):
                     items = [plan.item(index) for index in missing[start : start + generator.batch_size]]
@@ -98,8 +98,6 @@ def draw_single_class(root: Path, plan: SingleClassPlan, num_items: int, options
                         folder.write(item, image)
                     bar.update(len(items))
         folder.finish()
-    finally:
-        folder.close()
 
 
 def to_input(image: Image.Image) -> torch.Tensor:

@@ -9,6 +9,10 @@ Run by hand; it downloads nothing. The claims on two CPU cores, then a GPU's tab
 --batch_size 1 --num_images 2 --part throughput memory
     uv run python tests/benchmark.py --arch sd15 --device cuda --batch_size 16 --compile --part throughput memory
 
+and what a GPU's costs are bound to be, computed without one:
+
+    uv run python tests/benchmark.py --arch sd15 --device cuda --dry_run
+
 The plain way: a resize per token, LoRA adapters left unfused, contiguous memory, prompts encoded again each batch,
 float pictures on the CPU, PNG at level 6 between the batches; never compiled. Both ways draw the same items.
 """
@@ -20,7 +24,6 @@ import hashlib
 import json
 import multiprocessing
 import re
-import runpy
 import statistics
 import sys
 import tempfile
@@ -37,26 +40,24 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
+from dry_run import compute_drawing, describe
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from random_models import SHAPES, build
+from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix import NoiseCutMixGenerator, NoiseCutMixPipeline, load_pipeline
-from noisecutmix.checkpoint import EMBEDDINGS_FILE, LORA_FILE
-from noisecutmix.classes import DEFAULT_PROMPT, load_classes
+from noisecutmix.classes import DEFAULT_PROMPT, EMBEDDINGS_FILE, LORA_FILE, load_classes
 from noisecutmix.cli import positive_int
 from noisecutmix.cutmix import draw_mask
 from noisecutmix.files import BackgroundWriter
 from noisecutmix.folder import OutputFolder
 from noisecutmix.plan import Item, Plan
 
-DIGITS = Path(__file__).resolve().parent.parent / "ckpts" / "digits"
 PARTS = ("startup", "throughput", "writer", "memory")
 LOCAL_PATHS = ("data_name", "model", "ckpt_path")
-LORA_RANK = 10
 WRITER_ROUNDS = 3  # times as many pictures for the slow disk, so more than the writer lets wait
 TERAFLOP_PER_EVALUATION = 0.803  # of Stable Diffusion 1.5's UNet, one picture of 512x512
 PEAK_TERAFLOPS = {  # dense, 16 bit, 32-bit accumulation; the first name found in the device's counts
@@ -70,72 +71,6 @@ PEAK_TERAFLOPS = {  # dense, 16 bit, 32-bit accumulation; the first name found i
     "T4": 65,
     "RTX 4090": 165,
     "RTX 3090": 71,
-}
-
-
-# ---------------------------------------------------------------------------------------------- models to draw with
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model to build with random weights: the components' configurations, and how many classes are learned."""
-
-    unet: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoder: dict[str, Any]
-    num_classes: int
-    resolution: int
-
-
-SHAPES = {
-    "tiny": Shape(
-        unet={
-            "sample_size": 16,
-            "block_out_channels": (16, 32),
-            "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "cross_attention_dim": 32,
-            "attention_head_dim": 4,
-            "norm_num_groups": 8,
-        },
-        vae={"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32},
-        text_encoder={
-            "vocab_size": 514,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 24,
-        },
-        num_classes=10,
-        resolution=32,
-    ),
-    "sd15": Shape(
-        unet={
-            "sample_size": 64,
-            "block_out_channels": (320, 640, 1280, 1280),
-            "layers_per_block": 2,
-            "cross_attention_dim": 768,
-            "attention_head_dim": 8,
-        },
-        vae={
-            "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2,
-            "latent_channels": 4,
-            "sample_size": 512,
-        },
-        text_encoder={
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 77,
-        },
-        num_classes=200,
-        resolution=512,
-    ),
 }
 
 
@@ -154,73 +89,6 @@ class Setup:
     batch_size: int
     num_images: int
     compile: bool
-
-
-def build(folder: Path, shape: Shape) -> None:
-    """Write base/ with random weights of half precision, checkpoint/ in Diff-Mix's format, and data_set.json."""
-    trainer = runpy.run_path(str(DIGITS / "train.py"))
-    tokenizer = build_tokenizer(folder / "base" / "tokenizer", trainer["write_tokenizer"], shape)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(**shape.unet)
-        write_checkpoint(folder / "checkpoint", unet, shape)
-        blocks = len(shape.vae["block_out_channels"])
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            **shape.vae,
-        )
-        special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        text_encoder = CLIPTextModel(CLIPTextConfig(**shape.text_encoder, **special_ids))
-    base = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, trainer["build_scheduler"](), None, None, requires_safety_checker=False
-    )
-    base.to(torch.float16).save_pretrained(folder / "base")
-    data_set = {"classes": class_names(shape.num_classes), "meta_class": "thing"}
-    (folder / "data_set.json").write_text(json.dumps(data_set), encoding="utf-8")
-
-
-def build_tokenizer(folder: Path, write_tokenizer: Callable[[Path], None], shape: Shape) -> CLIPTokenizer:
-    """The demo's byte-level tokenizer, filled up to the text encoder's size: so adding a token is a resize upwards."""
-    write_tokenizer(folder)
-    vocabulary_file, config_file = folder / "vocab.json", folder / "tokenizer_config.json"
-    *characters, start, end = json.loads(vocabulary_file.read_text(encoding="utf-8"))
-    missing = shape.text_encoder["vocab_size"] - len(characters) - 2
-    tokens = [*characters, *(f"filler{number}" for number in range(missing)), start, end]
-    vocabulary_file.write_text(json.dumps({token: index for index, token in enumerate(tokens)}), encoding="utf-8")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["model_max_length"] = shape.text_encoder["max_position_embeddings"]
-    config_file.write_text(json.dumps(config), encoding="utf-8")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    if len(tokenizer) != shape.text_encoder["vocab_size"]:
-        raise RuntimeError(f"the tokenizer has {len(tokenizer)} tokens, not {shape.text_encoder['vocab_size']}")
-    return tokenizer
-
-
-def write_checkpoint(folder: Path, unet: UNet2DConditionModel, shape: Shape) -> None:
-    """Write a LoRA on all attention layers, under Diff-Mix's keys, and one learned token a class."""
-    lora = {}
-    for name, layer in unet.named_modules():
-        attention, _, projection = name.removesuffix(".0").rpartition(".")
-        if projection in ("to_q", "to_k", "to_v", "to_out") and isinstance(layer, torch.nn.Linear):
-            key = f"{attention}.processor.{projection}_lora"
-            lora[f"{key}.down.weight"] = torch.randn(LORA_RANK, layer.in_features) / LORA_RANK
-            lora[f"{key}.up.weight"] = torch.randn(layer.out_features, LORA_RANK) * 0.01
-    names = class_names(shape.num_classes)
-    placeholders = [f"<class_{label}>" for label in range(shape.num_classes)]
-    learned = {name: torch.randn(shape.text_encoder["hidden_size"]) * 0.02 for name in placeholders}
-    folder.mkdir()
-    save_file(lora, folder / LORA_FILE)
-    pickled = {
-        "learned_embeds_dict": learned,
-        "name2placeholder": dict(zip(names, placeholders)),
-        "placeholder2name": dict(zip(placeholders, names)),
-    }
-    torch.save(pickled, folder / EMBEDDINGS_FILE)
-
-
-def class_names(count: int) -> list[str]:
-    return [f"kind {label}" for label in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------------ the two ways
@@ -263,8 +131,8 @@ class PlainWay:
     def run(self, items: list[Item], folder: OutputFolder) -> None:
         for batch in split(items, self.setup.batch_size):
             for item, image in zip(batch, self._draw(batch)):
-                draw_mask(item.box, *image.size).save(folder.mask_file(item.index), compress_level=6)
-                image.save(folder.image_file(item.index), compress_level=6)
+                draw_mask(item.box, *image.size).save(folder.items.path("mask", item.index), compress_level=6)
+                image.save(folder.items.path("image", item.index), compress_level=6)
 
     def _draw(self, batch: list[Item]) -> list[Image.Image]:
         side = self.setup.resolution
@@ -312,8 +180,7 @@ class ScriptsWay:
             for batch in split(items, self.setup.batch_size):
                 images = self.generator.draw(batch)
                 drawn = time.perf_counter()
-                for item, image in zip(batch, images):
-                    writer.submit(item, image)
+                writer.submit(batch, images)
                 self.seconds_waiting += time.perf_counter() - drawn
             self.seconds_drawing = time.perf_counter() - start
 
@@ -329,12 +196,8 @@ def planned_folder(setup: Setup, num_images: int) -> Iterator[tuple[list[Item], 
     plan = Plan(0, len(names), 1.0, setup.resolution)
     with tempfile.TemporaryDirectory() as root:
         folder = OutputFolder(Path(root), plan, num_images, names)
-        folder.take({}, overwrite=False)
-        folder.begin({})
-        try:
-            yield list(plan.items(num_images)), folder
-        finally:
-            folder.close()
+        folder.begin({}, {"command": sys.argv})
+        yield list(plan.items(num_images)), folder
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
@@ -442,7 +305,7 @@ def measure_throughput(setup: Setup, repeats: int) -> tuple[list[Row], dict[str,
     for way in ways:  # the first run warms up and shows what is drawn
         with planned_folder(setup, setup.num_images) as (items, folder):
             way.run(items, folder)
-            pictures.append(np.stack([np.asarray(Image.open(folder.image_file(item.index))) for item in items]))
+            pictures.append(np.stack([np.asarray(Image.open(folder.items.path("image", item.index))) for item in items]))
 
     names = ["pictures a second", "wall time outside UNet and VAE (%)", "time per UNet evaluation (ms)"]
     values: dict[str, list[list[float]]] = {name: [[], []] for name in names}
@@ -585,8 +448,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the scripts' way, not the plain one")
     parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="default: 5; fewer only to try")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure, default: all")
+    parser.add_argument("--dry_run", action="store_true", help="compute a GPU's costs without one; measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there too")
     options = parser.parse_args()
+    if options.dry_run:
+        if options.arch not in SHAPES or options.device != "cuda":
+            parser.error("--dry_run: give --device cuda and --arch sd15 or tiny")
+        for name in ("batch_size", "num_images", "compile", "repeats", "part"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name}: means nothing to --dry_run")
+        return options
     has_cuda = torch.cuda.is_available()
     options.device = options.device or ("cuda" if has_cuda else "cpu")
     if options.device == "cuda" and not has_cuda:
@@ -619,9 +490,22 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
     )
 
 
+def dry_run(options: argparse.Namespace) -> None:
+    shape, dtype = SHAPES[options.arch], options.dtype or "float16"
+    resolution = options.resolution or shape.resolution
+    usages = compute_drawing(shape, getattr(torch, dtype), options.steps, resolution)
+    setup = f"{options.arch}, {dtype}, {options.steps} steps, {resolution}x{resolution}"
+    print(f"{setup}; torch {torch.__version__}, diffusers {diffusers.__version__}")
+    print(describe(usages, getattr(torch, dtype)))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(usage) for usage in usages], indent=2), encoding="utf-8")
+
+
 def main() -> None:
     options = parse()
     silence_libraries()
+    if options.dry_run:
+        return dry_run(options)
     rows: list[Row] = []
     writer_rows: list[Row] = []
     measured: list[Row]

@@ -34,6 +34,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix.classes import load_classes, normalise
+from noisecutmix.launch import Launch
 from noisecutmix.photos import crop_square, find_photos, open_photo
 from noisecutmix.posteriors import plan_showing
 from noisecutmix.training import LORA_LAYERS, Settings, Trainer, create_accelerator
@@ -140,7 +141,7 @@ class OurLoop:
     """Trains as ckpts/finetune.py does."""
 
     def __init__(self, setup: Setup):
-        accelerator = create_accelerator(setup.device, setup.settings.dtype)
+        accelerator = create_accelerator(setup.device, setup.settings.dtype, Launch())
         self.trainer = Trainer(setup.settings, find_photos(setup.data_dir), accelerator)
         start = time.perf_counter()
         self.trainer.posteriors.encode(setup.data_dir.with_suffix(".bin"))
@@ -209,7 +210,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
     if options.arch == "digits":
         model, resolution = load_classes("digits").model, 32
     else:
-        from benchmark import SHAPES, build
+        from random_models import SHAPES, build
 
         build(folder, SHAPES[options.arch])
         model, resolution = str(folder / "base"), SHAPES[options.arch].resolution

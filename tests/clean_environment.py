@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 from hypothesis import settings
 
@@ -10,7 +11,8 @@ for name in (
     "TORCH_COMPILE_DISABLE", "TQDM_DISABLE",
 ):  # fmt: skip
     os.environ.pop(name, None)
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "cuda" not in sys.argv:  # of "pytest -m cuda", which is for a real GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait busily for long starve the other processes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; the scripts would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import clean_environment  # noqa: F401
+import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -17,12 +19,15 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from noisecutmix.checkpoint import load_pipeline
+from noisecutmix.errors import InputError, RunError
+from noisecutmix.script import with_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "ckpts" / "digits"
 CLASS_NAMES = ["red kite", "blue jay", "grey heron"]
 TINY_WIDTH = 32
 RANK = 10
+LONGEST_WAIT = 300  # seconds: two cores may have other work
 
 
 def load_module(path):
@@ -182,9 +187,76 @@ def as_command_line(script, *arguments, folder):
         patch.chdir(folder)
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:
-            yield load_module(ROOT / script).main
+            yield speaking_of_flags(load_module(ROOT / script).main)
         finally:
             signal.signal(signal.SIGTERM, handler)
+
+
+def speaking_of_flags(main):
+    """Give the errors of a script's main() the words in which the script prints them."""
+
+    def run():
+        try:
+            main()
+        except (InputError, RunError) as error:
+            raise type(error)(with_flags(str(error))) from error
+
+    return run
+
+
+def files_of(folder):
+    """Return {name: content} of what a data set consists of."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("run.json", ".lock")
+    }
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a command in the background; whatever a failed test leaves running is killed."""
+    processes = []
+
+    def start_one(arguments, **environment):
+        process = subprocess.Popen(
+            arguments,
+            cwd=tmp_path,
+            env=offline_environment(**environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start_one
+    for process in processes:
+        if process.poll() is None:
+            for running in (*psutil.Process(process.pid).children(recursive=True), process):
+                running.kill()
+
+
+def wait_for_images(folder, count, process):
+    end = time.monotonic() + LONGEST_WAIT
+    while len(list((folder / "image").glob("gen_*.png"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"no {count} images in {LONGEST_WAIT} s"
+        time.sleep(0.02)
+
+
+def run_to_the_end(tmp_path, arguments, num_aug, *more):
+    arguments = [*arguments, f"--num_aug={num_aug}", "--output_dir=out", *more]
+    with as_command_line("augmentation.py", *arguments, folder=tmp_path) as main:
+        main()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, tiny_arguments):
+    """A complete data set of twenty items, drawn in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_to_the_end(folder, tiny_arguments, 20)
+    return folder / "out"
 
 
 def command(script, *arguments):

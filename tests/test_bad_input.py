@@ -3,9 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, offline_environment
+
+from noisecutmix import cli
+from noisecutmix.errors import InputError
 
 TORCH_FREE = """
 import runpy, sys
@@ -46,14 +50,22 @@ CASES = {
     "batch_size zero": (BOTH, ["--batch_size=0"], "--batch_size: "),
     "batch_size negative": (BOTH, ["--batch_size=-8"], "--batch_size: "),
     "batch_size no integer": (BOTH, ["--batch_size=8.0"], "--batch_size: "),
+    "batch_size huge": (
+        BOTH[:1],
+        ["--batch_size=1" + "0" * 21],
+        "--batch_size: has to be a whole number from 1 to 4096",
+    ),
     "seed of 500 digits": (BOTH, ["--seed=" + "1" * 500], "--seed: "),
     "too many steps": (BOTH, ["--num_inference_steps=1000"], "--num_inference_steps: has to be a whole number from 1"),
     "no steps": (BOTH, ["--num_inference_steps=0"], "--num_inference_steps: "),
-    "alpha zero": (BOTH, ["--alpha=0"], "--alpha: has to be a number above 0"),
+    "alpha zero": (BOTH, ["--alpha=0"], "--alpha: has to be a number from 1e-06 to 1e+06, not '0'"),
     "alpha negative": (BOTH, ["--alpha=-1"], "--alpha: "),
+    "alpha huge": (BOTH[:1], ["--alpha=1.7e308"], "--alpha: has to be a number from 1e-06 to 1e+06"),
+    "alpha tiny": (BOTH[:1], ["--alpha=1e-320"], "--alpha: has to be a number from 1e-06 to 1e+06"),
     "alpha nan": (BOTH, ["--alpha=nan"], "--alpha: "),
     "alpha inf": (BOTH, ["--alpha=inf"], "--alpha: "),
     "guidance negative": (BOTH, ["--guidance_scale=-0.1"], "--guidance_scale: "),
+    "guidance huge": (BOTH[:1], ["--guidance_scale=1e308"], "--guidance_scale: has to be a number from 0 to 1000"),
     "guidance nan": (BOTH, ["--guidance_scale=nan"], "--guidance_scale: "),
     "guidance interval outside": (BOTH, ["--guidance_interval", "0", "1.5"], "--guidance_interval: "),
     "guidance interval falls": (BOTH, ["--guidance_interval", "0.8", "0.2"], "--guidance_interval: 0.8 is above 0.2"),
@@ -68,13 +80,32 @@ CASES = {
     "JSON empty": (BOTH, ["--data_name=empty.json"], "needs at least two names"),
     "JSON one class": (BOTH, ["--data_name=one.json"], "needs at least two names"),
     "JSON duplicates": (BOTH, ["--data_name=twice.json"], "names 'a b' twice"),
+    "JSON duplicates by case": (BOTH[:1], ["--data_name=case.json"], "names 'robin' twice"),
+    "JSON duplicates by composition": (BOTH[:1], ["--data_name=composed.json"], "names 'Vo\u0308gel' twice"),
+    "JSON class no valid text": (BOTH[:1], ["--data_name=surrogate.json"], '--data_name: "classes" in surrogate.json'),
+    "JSON meta class no valid text": (
+        BOTH[:1],
+        ["--data_name=meta.json"],
+        '--data_name: "meta_class" is missing in meta',
+    ),
     "JSON classes no strings": (BOTH, ["--data_name=numbers.json"], "must be a list of names"),
     "JSON without meta class": (BOTH, ["--data_name=metaless.json"], '"meta_class" is missing'),
     "JSON without checkpoint": (BOTH, ["--data_name=good.json"], "--ckpt_path: needed with a data set of your own"),
+    "folder of no data set": (
+        BOTH[:1],
+        ["--data_name=half"],
+        "--data_name: half has no classes.json; give a folder that",
+    ),
+    "folder without finetune.json": (BOTH[:1], ["--data_name=tuned"], "finetune.json cannot be read: "),
     "checkpoint missing": (BOTH, ["--ckpt_path=nowhere"], "--ckpt_path: nowhere does not exist"),
     "checkpoint a file": (BOTH, ["--ckpt_path=a_file"], "--ckpt_path: a_file is a file"),
     "checkpoint empty": (BOTH, ["--ckpt_path=empty"], "--ckpt_path: empty has no pytorch_lora_weights.safetensors"),
     "checkpoint half": (BOTH, ["--ckpt_path=half"], "--ckpt_path: half has no learned_embeds-steps-last.bin"),
+    "device of 5,000 digits": (
+        BOTH[:1],
+        ["--device=cuda:" + "1" * 5000],
+        "--device: has to be cuda, cuda:N, mps or cpu",
+    ),
     "device unknown": (BOTH, ["--device=gpu"], "--device: has to be cuda, cuda:N, mps or cpu"),
     "dtype unknown": (BOTH, ["--dtype=float8"], "--dtype: invalid choice: 'float8'"),
     "prompt without name": (BOTH, ["--prompt=a photo of a bird"], "--prompt: has to be a template with {name}"),
@@ -85,6 +116,19 @@ CASES = {
     "model a missing folder": (BOTH, ["--model=./nowhere"], "--model: ./nowhere is no folder, and no id on the hub"),
     "model a file": (BOTH, ["--model=/etc/passwd"], "--model: /etc/passwd is no folder"),
     "model empty": (BOTH, ["--model="], "--model: is empty"),
+    "model without VAE blocks": (BOTH[:1], ["--model=blockless"], "--model: blockless/vae/config.json cannot be read"),
+    "model without revision": (
+        BOTH[:1],
+        ["--model=some/model@"],
+        "--model: some/model@ is no folder, and no id on the hub",
+    ),
+    "output of an unknown user": (
+        BOTH[:1],
+        ["--output_dir=~nobody9/x"],
+        "--output_dir: no home folder is known for ~nobody",
+    ),
+    "checkpoint of an unknown user": (BOTH[:1], ["--ckpt_path=~nobody9/x"], "--ckpt_path: no home folder is known for"),
+    "model of an unknown user": (BOTH[:1], ["--model=~nobody9/x"], "--model: ~nobody9/x is no folder"),
     "output empty": (BOTH, ["--output_dir="], "--output_dir: is empty"),
     "output a file": (BOTH, ["--output_dir=a_file"], "--output_dir: "),
     "output below a file": (BOTH, ["--output_dir=a_file/deeper"], "is a file; choose a folder"),
@@ -92,6 +136,7 @@ CASES = {
     "seed too large": (BOTH, [f"--seed={2**63}"], "--seed: "),
     "target class unknown": (BOTH[1:], ["--target_class=fiv"], "'fiv' is no class of the data set; did you mean five"),
     "aug class out of range": (BOTH[1:], ["--aug_class=10"], "'10' is no class of the data set"),
+    "class of 5,000 digits": (BOTH[1:], ["--target_class=" + "1" * 5000], "--target_class: "),
     "classes the same": (BOTH[1:], ["--target_class=3", "--aug_class=three"], "--aug_class: 'three' is the target"),
     "flag unknown": (BOTH, ["--num_pictures=3"], "--num_pictures"),
     "flag cut short": (BOTH, ["--num_inf=3"], "--num_inf"),
@@ -111,12 +156,20 @@ def folder(tmp_path_factory):
         "empty": {"classes": [], "meta_class": "pet"},
         "one": {"classes": ["a"], "meta_class": "pet"},
         "twice": {"classes": ["a_b", "c", "a b"], "meta_class": "pet"},
+        "case": {"classes": ["Robin", "crow", "robin"], "meta_class": "bird"},
+        "composed": {"classes": ["V\u00f6gel", "Vo\u0308gel"], "meta_class": "animal"},
+        "surrogate": {"classes": ["a", "b\ud800"], "meta_class": "pet"},
+        "meta": {"classes": ["a", "b"], "meta_class": "pet\udfff"},
         "numbers": {"classes": [1, 2], "meta_class": "pet"},
         "metaless": {"classes": ["a", "b"]},
         "good": {"classes": ["a", "b"], "meta_class": "pet"},
     }
     for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "tuned").mkdir()
+    (folder / "tuned" / "classes.json").write_text(json.dumps(contents["good"]))
+    (folder / "blockless" / "vae").mkdir(parents=True)
+    (folder / "blockless" / "vae" / "config.json").write_text('{"block_out_channels": []}')
     (folder / "malformed.json").write_text("{classes: [")
     return folder
 
@@ -142,16 +195,75 @@ def test_real_data_without_checkpoint_says_where_it_goes(folder):
     assert "shot-1-lora-rank10 does not exist; download or train a Diff-Mix checkpoint" in done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch is asked")
-@pytest.mark.parametrize("device", ["cuda:99", "mps"])
-def test_a_gpu_that_is_not_there(folder, device):
-    done = run_without_torch(
-        folder, "generation.py", "--data_name=digits", f"--device={device}", f"--output_dir={folder / 'new'}"
+TEXT_FLAGS = [
+    *("--output_dir", "--data_name", "--ckpt_path", "--model", "--prompt", "--device", "--dtype", "--seed"),
+    *("--target_class", "--aug_class", "--num_gen"),
+]
+
+
+NO_TEXT = "caf\udce9"  # Python's name for the bytes of "café" in Latin-1
+
+
+@pytest.mark.parametrize("flag", TEXT_FLAGS)
+def test_bytes_that_are_no_valid_text_are_refused_in_every_flag(flag):
+    for arguments in ([f"{flag}={NO_TEXT}"], [flag, NO_TEXT]):
+        with pytest.raises(InputError, match=rf"^{flag}: '.*caf\\udce9' is not valid text; "):
+            cli.parse_generation(["--data_name=digits", *arguments])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="arguments are no bytes there")
+def test_bytes_that_are_no_valid_text_write_nothing(folder):
+    before = files_below(folder)
+    done = run_without_torch(folder, "augmentation.py", "--data_name=digits", f"--output_dir={NO_TEXT}")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert done.stderr.startswith("augmentation.py: error: --output_dir: ")
+    assert files_below(folder) == before
+
+
+@pytest.mark.parametrize("name", ["augmentation.py", "generation.py"])
+def test_the_home_folder_in_every_path_flag(tmp_path, monkeypatch, name):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    (tmp_path / "good.json").write_text(json.dumps({"classes": ["a", "b"], "meta_class": "pet"}))
+    (tmp_path / "checkpoint").mkdir()
+    for file in ("pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"):
+        (tmp_path / "checkpoint" / file).write_bytes(b"")
+    parse = {"augmentation.py": cli.parse_augmentation, "generation.py": cli.parse_generation}[name]
+    model = ROOT / "ckpts" / "digits" / "base"
+    if sys.platform != "win32":  # links need a privilege there
+        (tmp_path / "base").symlink_to(model)
+        model = "~/base"
+    options = parse(["--data_name=~/good.json", "--ckpt_path=~/checkpoint", "--output_dir", "~/x", f"--model={model}"])
+    assert options.output_dir == tmp_path / "x"
+    assert options.ckpt_path == tmp_path / "checkpoint"
+    assert options.classes.names == ("a", "b")
+    assert Path(options.model).resolve() == ROOT / "ckpts" / "digits" / "base"
+
+
+@pytest.mark.parametrize("model", ["gpt", "some/model", "some/model@main", "some/model@refs/pr/3", "some/model@0a1b2c"])
+def test_models_of_the_hub_are_accepted(model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.parse_generation(["--data_name=digits", f"--model={model}"]).model == model
+
+
+def test_a_checkpoint_may_hold_its_lora_as_bin(tmp_path):
+    for file in ("pytorch_lora_weights.bin", "learned_embeds-steps-last.bin"):
+        (tmp_path / file).write_bytes(b"")
+    options = cli.parse_augmentation(
+        ["--data_name=digits", f"--ckpt_path={tmp_path}", f"--output_dir={tmp_path / 'x'}"]
     )
+    assert options.ckpt_path == tmp_path
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps"])
+def test_a_gpu_that_is_not_there(run_script, tmp_path, device):
+    if device == "mps" and sys.platform == "darwin":
+        pytest.skip("it may be there")
+    done = run_script("generation.py", "--data_name=digits", f"--device={device}", "--output_dir=new")
     assert done.returncode == 2
     assert done.stderr.startswith(f"generation.py: error: --device: {device} is not there")
     assert len(done.stderr.splitlines()) == 1
-    assert not (folder / "new").exists()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("script", BOTH)

@@ -2,15 +2,34 @@
 
 import json
 import pickle
+import shutil
+import subprocess
+import sys
+import warnings
 
+import huggingface_hub
 import pytest
 import torch
-from conftest import CLASS_NAMES, TINY_WIDTH, in_old_keys, random_lora, write_checkpoint, write_embeddings
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from conftest import (
+    CLASS_NAMES,
+    ROOT,
+    TINY_WIDTH,
+    in_old_keys,
+    offline_environment,
+    random_lora,
+    write_checkpoint,
+    write_embeddings,
+)
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
-from noisecutmix.checkpoint import find_placeholders, load_pipeline
+from noisecutmix.checkpoint import load_pipeline
+from noisecutmix.classes import find_placeholders
 from noisecutmix.errors import InputError
+from noisecutmix.record import fingerprint_checkpoint, fingerprint_files, fingerprint_model
 
 LORA = "pytorch_lora_weights.safetensors"
 EMBEDDINGS = "learned_embeds-steps-last.bin"
@@ -27,11 +46,6 @@ def in_peft_keys(layers):
 def in_named_adapter_keys(layers):
     """As peft keeps them in a model."""
     return {key.replace(".weight", ".default.weight"): tensor for key, tensor in in_peft_keys(layers).items()}
-
-
-def in_wrapped_model_keys(layers):
-    """As peft saves a model of its own."""
-    return {f"base_model.model.{key.removeprefix('unet.')}": tensor for key, tensor in in_peft_keys(layers).items()}
 
 
 def in_prefixed_old_keys(layers):
@@ -56,7 +70,6 @@ def in_kohya_keys(layers):
         (in_prefixed_old_keys, 1),
         (in_peft_keys, 1),
         (in_named_adapter_keys, 1),
-        (in_wrapped_model_keys, 1),
         (in_kohya_keys, 0.5),
     ],
 )
@@ -73,6 +86,284 @@ def test_lora_changes_the_unet_by_up_times_down(tiny_model, tiny_lora, tmp_path,
             expected = weight + scale * up @ down
             assert not torch.equal(after[name], weight)
         assert (after[name] - expected).abs().max() < 1e-5
+
+
+PEFT_SETTINGS = {
+    "alpha above the rank": {"r": 4, "lora_alpha": 16},
+    "rank-stabilised": {"r": 4, "lora_alpha": 16, "use_rslora": True},
+    "alpha pattern": {"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": 12, "attn2.to_k": 2}},
+    "rank pattern": {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_v": 6, "attn1.to_q": 2}},
+}
+
+
+def save_with_peft(unet, folder, target_modules=("to_q", "to_k", "to_v"), **settings):
+    """Save a random LoRA with peft into `folder`; return the UNet's weights after peft's own merge."""
+    model = get_peft_model(unet, LoraConfig(target_modules=list(target_modules), **settings))
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=rng) * 0.3)
+    model.save_pretrained(folder)
+    (folder / "adapter_model.safetensors").replace(folder / LORA)
+    return model.merge_and_unload().state_dict()
+
+
+@pytest.fixture
+def unet(tiny_model):
+    return UNet2DConditionModel.from_pretrained(tiny_model / "unet")
+
+
+def assert_weights_are(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (actual[name] - weight).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("case", PEFT_SETTINGS)
+def test_what_peft_saved_changes_the_unet_as_peft_does(tiny_model, unet, tmp_path, case):
+    merged = save_with_peft(unet, tmp_path, **PEFT_SETTINGS[case])
+    write_embeddings(tmp_path)
+    assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), merged)
+
+
+@pytest.mark.parametrize("prefix", ["unet.", ""])
+@pytest.mark.parametrize("case", PEFT_SETTINGS)
+def test_settings_inside_the_safetensors_file_count(tiny_model, unet, tmp_path, case, prefix):
+    """As diffusers saves them: with a prefix for a pipeline, without one for a UNet."""
+    merged = save_with_peft(unet, tmp_path, **PEFT_SETTINGS[case])
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").unlink()
+    tensors = {prefix + name.removeprefix("base_model.model."): t for name, t in load_file(tmp_path / LORA).items()}
+    packed = json.dumps({prefix + name: value for name, value in settings.items()})
+    save_file(tensors, tmp_path / LORA, metadata={"format": "pt", "lora_adapter_metadata": packed})
+    write_embeddings(tmp_path)
+    assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), merged)
+
+
+def test_layers_of_several_ranks_keep_their_strength(tiny_model, tiny_components, tmp_path):
+    """Without settings every layer counts once, whatever its rank, and an alpha counts for its layer alone."""
+    ranks = {name: random_lora(tiny_components["unet"], rank=rank) for name, rank in (("to_q", 3), ("to_k", 5))}
+    layers = {name: halves for name, halves in ranks["to_q"].items() if not name.endswith("to_k")}
+    layers |= {name: halves for name, halves in ranks["to_k"].items() if name.endswith("to_k")}
+    expected = UNet2DConditionModel.from_pretrained(tiny_model / "unet").state_dict()
+    alphas = {}
+    for number, (name, (down, up)) in enumerate(sorted(layers.items())):
+        alphas[f"lora_unet_{name.replace('.', '_')}.alpha"] = torch.tensor(float(number + 1))
+        expected[f"{name}.weight"] = expected[f"{name}.weight"] + (number + 1) / len(down) * up @ down
+    write_checkpoint(tmp_path, in_kohya_keys(layers) | alphas)
+    assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), expected)
+
+
+def refusal_of(tiny_model, folder):
+    with pytest.raises(InputError) as caught:
+        load_pipeline(str(tiny_model), folder, device="cpu")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    return str(caught.value)
+
+
+def test_peft_keys_without_their_settings_are_refused(tiny_model, unet, tmp_path):
+    save_with_peft(unet, tmp_path, r=4, lora_alpha=16)
+    write_embeddings(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert "was saved by peft: put its adapter_config.json" in refusal_of(tiny_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "is a LOHA"),
+        ({"use_dora": True}, "is a DoRA"),
+        ({"r": 5}, "does not fit the UNet"),
+        ({"setting_of_tomorrow": 1}, "setting_of_tomorrow"),
+        (None, "settings cannot be read"),
+    ],
+)
+def test_settings_that_cannot_be_applied_are_refused(tiny_model, unet, tmp_path, change, message):
+    save_with_peft(unet, tmp_path, r=4, lora_alpha=16)
+    write_embeddings(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text("[" if change is None else json.dumps(json.loads(file.read_text()) | change))
+    assert message in refusal_of(tiny_model, tmp_path)
+
+
+def test_a_dora_is_refused_by_its_name(tiny_model, unet, tiny_lora, tmp_path):
+    save_with_peft(unet, tmp_path, r=4, use_dora=True)
+    write_embeddings(tmp_path)
+    assert "is a DoRA" in refusal_of(tiny_model, tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert "is a DoRA" in refusal_of(tiny_model, tmp_path)
+    kohya = in_kohya_keys(tiny_lora)
+    write_checkpoint(tmp_path, kohya | {min(kohya).replace(".alpha", ".dora_scale"): torch.ones(1)})
+    assert "is a DoRA" in refusal_of(tiny_model, tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["text_encoder.", "lora_te_"])
+def test_a_part_for_the_text_encoder_is_refused_as_that(tiny_model, tiny_lora, tmp_path, prefix):
+    name = f"{prefix}text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
+    write_checkpoint(tmp_path, in_kohya_keys(tiny_lora) | {name: torch.ones(4, 4)})
+    assert "is for the text encoder" in refusal_of(tiny_model, tmp_path)
+
+
+def test_a_pickled_lora_is_read_and_a_hostile_one_refused(tiny_model, tiny_checkpoint, tiny_lora, tmp_path, capsys):
+    write_embeddings(tmp_path)
+    pickled = tmp_path / "pytorch_lora_weights.bin"
+    torch.save(in_old_keys(tiny_lora), pickled)
+    expected = load_pipeline(str(tiny_model), tiny_checkpoint, device="cpu").unet.state_dict()
+    assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), expected)
+    for content in (pickle.dumps(Hostile()), b"zip?"):
+        pickled.write_bytes(content)
+        assert f"{pickled} is no pickle of tensors alone" in refusal_of(tiny_model, tmp_path)
+    torch.save([1], pickled)
+    assert "holds no dictionary of tensors" in refusal_of(tiny_model, tmp_path)
+    assert "this ran" not in capsys.readouterr().out
+
+
+def as_pickles(model, folder, *parts):
+    """Copy a model, with `.bin` weights in place of safetensors in these parts."""
+    StableDiffusionPipeline.from_pretrained(model).save_pretrained(folder)
+    for part in parts:
+        (file,) = (folder / part).glob("*.safetensors")
+        name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+        torch.save(load_file(file), folder / part / name)
+        file.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("parts", [("unet", "vae", "text_encoder"), ("text_encoder",)])
+def test_a_base_model_of_pickles_is_read(tiny_model, tiny_checkpoint, tmp_path, parts):
+    pickled = as_pickles(tiny_model, tmp_path / "model", *parts)
+    expected = load_pipeline(str(tiny_model), tiny_checkpoint, device="cpu")
+    loaded = load_pipeline(str(pickled), tiny_checkpoint, device="cpu")
+    assert_weights_are(loaded.unet.state_dict(), expected.unet.state_dict())
+    assert_weights_are(loaded.text_encoder.state_dict(), expected.text_encoder.state_dict())
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_hostile_pickle_in_a_base_model_is_not_run(tiny_model, tiny_checkpoint, tmp_path, capsys, part):
+    pickled = as_pickles(tiny_model, tmp_path / "model", part)
+    (file,) = (pickled / part).glob("*.bin")
+    file.write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(InputError, match=r"`model`: .* cannot be loaded") as caught:
+        load_pipeline(str(pickled), tiny_checkpoint, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert "this ran" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def hub(tiny_model, tmp_path, monkeypatch):
+    """A hub's cache without a network: a function that puts the tiny model there as a commit, with a README."""
+    cache = tmp_path / "hub" / "models--someone--tiny"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot_download = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *names, **options: snapshot_download(*names, **options, cache_dir=tmp_path / "hub"),
+    )
+
+    def commit(number, readme="A model.", branch="main", model=tiny_model):
+        snapshot = cache / "snapshots" / (str(number) * 40)
+        shutil.copytree(model, snapshot, dirs_exist_ok=True)
+        (snapshot / "README.md").write_text(readme)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / branch).write_text(str(number) * 40)
+        return snapshot
+
+    return commit
+
+
+def test_a_hub_model_is_known_by_the_files_that_are_loaded(hub, tiny_model):
+    snapshot = hub(1)
+    first = fingerprint_model("someone/tiny", False)
+    assert first == fingerprint_model(str(tiny_model), False)  # and so is a local copy
+    hub(2, readme="An edited page.")
+    assert fingerprint_model("someone/tiny", False) == first
+    snapshot = hub(3)
+    (snapshot / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another precision")
+    assert fingerprint_model("someone/tiny", False) == first
+    (snapshot / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert fingerprint_model("someone/tiny", False) != first
+
+
+def test_a_revision_of_a_hub_model_can_be_asked_for(hub, tiny_checkpoint, tmp_path, capsys):
+    hub(1)
+    changed = StableDiffusionPipeline.from_pretrained(hub(2, branch="v2"))
+    with torch.no_grad():
+        changed.unet.conv_in.bias.fill_(0.5)
+    changed.save_pretrained(tmp_path / "changed")
+    hub(2, branch="v2", model=tmp_path / "changed")
+    assert fingerprint_model("someone/tiny@v2", False) != fingerprint_model("someone/tiny", False)
+    capsys.readouterr()
+    assert (load_pipeline("someone/tiny@v2", tiny_checkpoint, "cpu").unet.conv_in.bias == 0.5).all()
+    assert not (load_pipeline("someone/tiny", tiny_checkpoint, "cpu").unet.conv_in.bias == 0.5).any()
+    assert capsys.readouterr().err == ""
+    with pytest.raises(InputError, match=r"`model`: someone/tiny@v3 .* cannot be had from the hub"):
+        load_pipeline("someone/tiny@v3", tiny_checkpoint, "cpu")
+
+
+def test_settings_of_a_lora_belong_to_the_checkpoints_fingerprint(unet, tmp_path):
+    save_with_peft(unet, tmp_path, r=4, lora_alpha=16)
+    write_embeddings(tmp_path)
+    before = fingerprint_checkpoint(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"lora_alpha": 16', '"lora_alpha": 8'))
+    assert fingerprint_checkpoint(tmp_path) != before
+
+
+@pytest.mark.parametrize("name", [LORA, EMBEDDINGS])
+def test_a_checkpoint_that_cannot_be_read_is_not_called_missing(tiny_model, tiny_lora, tmp_path, name):
+    """A folder stands for a file without permission, which root may read all the same."""
+    write_checkpoint(tmp_path, in_old_keys(tiny_lora))
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    assert f"{name} cannot be read: " in refusal_of(tiny_model, tmp_path)
+    with pytest.raises(InputError, match=f"{name} cannot be read: "):
+        fingerprint_files(tmp_path, [tmp_path / name])
+
+
+def test_loading_is_silent_and_leaves_the_libraries_as_they_were(tiny_model, tiny_checkpoint, capfd):
+    libraries = (diffusers_logging, transformers_logging)
+    for library in libraries:
+        library.set_verbosity_info()
+        library.enable_progress_bar()
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            load_pipeline(str(tiny_model), tiny_checkpoint, "cpu", torch.float16)
+            assert [library.get_verbosity() for library in libraries] == [diffusers_logging.INFO] * 2
+            assert all(library.is_progress_bar_enabled() for library in libraries)
+            assert not huggingface_hub.utils.are_progress_bars_disabled()
+    finally:
+        for library in libraries:
+            library.set_verbosity_warning()
+    told = capfd.readouterr()
+    assert (told.out, told.err, seen) == ("", "", [])
+
+
+def test_python_prints_nothing_from_the_import_to_the_picture(tmp_path):
+    """Neither the libraries' warnings nor their bars."""
+    code = """
+from noisecutmix import NoiseCutMixGenerator, load_pipeline
+NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=1)([3])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=offline_environment(PYTHONPATH=str(ROOT)),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_names_have_spaces_for_slashes_and_underscores(tiny_model, tiny_lora, tmp_path):
+    """As the method's first implementation has them, in both directions."""
+    write_checkpoint(tmp_path, in_old_keys(tiny_lora), class_names=["Sooty/Albatross", "Blue_Jay", "owl "])
+    pipe = load_pipeline(str(tiny_model), tmp_path, device="cpu")
+    assert pipe.name2placeholder == {"Sooty Albatross": "<class_0>", "Blue Jay": "<class_1>", "owl": "<class_2>"}
+    assert pipe.placeholder2name == {"<class_0>": "Sooty Albatross", "<class_1>": "Blue Jay", "<class_2>": "owl"}
 
 
 def test_tokens_get_their_embeddings(tiny_model, tiny_checkpoint):
@@ -166,7 +457,10 @@ REFUSALS = {
     ),
     "LoRA without a place": (rename_first("down_blocks.9.attentions.0.to_q.lora.down.weight"), "nothing in the UNet"),
     "LoRA of nothing we know": (rename_first("some.other.tensor"), "nothing in the UNet takes some.other.tensor"),
-    "LoRA for the text encoder": (rename_first("text_encoder.layer.to_q.lora_A.weight"), "nothing in the UNet"),
+    "LoRA for the text encoder": (
+        rename_first("text_encoder.layer.to_q.lora_A.weight"),
+        "is for the text encoder",
+    ),
     "LoRA in half a pair": (change_lora(lambda tensors: tensors.pop(min(tensors))), "LoRA tensors do not fill"),
     "LoRA of two ranks": (
         change_lora(lambda tensors: tensors.update({min(tensors): tensors[min(tensors)][:3]})),
@@ -208,13 +502,37 @@ def test_loading_leaves_the_global_random_state_alone(tiny_model, tiny_checkpoin
 
 
 def test_a_device_that_is_not_there_is_named(tiny_model, tiny_checkpoint):
-    with pytest.raises(InputError, match="--device: cuda:99 cannot be used"):
+    with pytest.raises(InputError, match="`device`: cuda:99 cannot be used"):
         load_pipeline(str(tiny_model), tiny_checkpoint, device="cuda:99")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:x", "meta", 3, None, True])
+def test_a_device_that_is_none_is_refused_in_one_line(tiny_model, tiny_checkpoint, device):
+    with pytest.raises(InputError, match=f"`device`: {device} cannot be used") as caught:
+        load_pipeline(str(tiny_model), tiny_checkpoint, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dtype_may_be_named(tiny_model, tiny_checkpoint):
+    assert load_pipeline(str(tiny_model), tiny_checkpoint, "cpu", "bfloat16").unet.dtype == torch.bfloat16
+    for wrong in ("float8", torch.int8, torch.float64, 16):
+        with pytest.raises(InputError, match="`dtype`: has to be float16, bfloat16, float32 or None"):
+            load_pipeline(str(tiny_model), tiny_checkpoint, "cpu", wrong)
+
+
+def test_a_machine_without_memory_is_not_a_damaged_model(tiny_model, tiny_checkpoint, monkeypatch):
+    def never(*arguments, **named):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: not enough memory: you tried")
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", never)
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", never)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        load_pipeline(str(tiny_model), tiny_checkpoint, device="cpu")
 
 
 def test_a_model_that_is_none_is_refused(tiny_checkpoint, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(InputError, match="--model"):
+    with pytest.raises(InputError, match="`model`"):
         load_pipeline(str(tmp_path), tiny_checkpoint, device="cpu")
 
 

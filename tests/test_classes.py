@@ -4,8 +4,11 @@ import hashlib
 import json
 
 import pytest
+from conftest import in_old_keys, write_checkpoint
 
-from noisecutmix.classes import load_classes, normalise
+from noisecutmix import cli
+from noisecutmix.checkpoint import load_pipeline
+from noisecutmix.classes import comparison_key, find_placeholders, load_classes, normalise
 from noisecutmix.errors import InputError
 
 CLASSES = {
@@ -22,7 +25,7 @@ def test_class_lists(name):
     classes = load_classes(name)
     names = classes.names
     assert (len(names), names[0], names[-1], classes.meta_class) == (count, first, last, meta_class)
-    assert len({normalise(class_name) for class_name in names}) == count
+    assert len({comparison_key(class_name) for class_name in names}) == count
     assert all(class_name == normalise(class_name) for class_name in names)
 
 
@@ -69,5 +72,73 @@ def test_json_data_set(tmp_path):
 
 
 def test_unknown_data_set():
-    with pytest.raises(InputError, match="--data_name: 'birds' is unknown"):
+    with pytest.raises(InputError, match="`data_name`: 'birds' is unknown"):
         load_classes("birds")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Robin", "robin"),
+        ("V\u00f6gel", "Vo\u0308gel"),
+        ("STRASSE", "Straße"),
+        ("F-16A/B", "f-16a_b "),
+        ("Å", "\u212b"),
+    ],
+)
+def test_names_that_count_as_the_same(one, other):
+    assert comparison_key(one) == comparison_key(other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("Vögel", "Vogel"), ("a b", "ab"), ("F-16A", "F-16B"), ("Ⅳ", "IV")])
+def test_names_that_count_as_different(one, other):
+    assert comparison_key(one) != comparison_key(other)
+
+
+@pytest.mark.parametrize("wanted", ["ROBIN", "robin ", "vo\u0308gel", "1"])
+def test_a_class_is_found_by_any_spelling_that_counts_as_the_same(tmp_path, tiny_checkpoint, wanted):
+    (tmp_path / "birds.json").write_text(json.dumps({"classes": ["Vögel", "Robin"], "meta_class": "bird"}))
+    data_set = [f"--data_name={tmp_path / 'birds.json'}", f"--ckpt_path={tiny_checkpoint}"]
+    options = cli.parse_generation([*data_set, f"--target_class={wanted}", f"--output_dir={tmp_path}"])
+    assert options.target_class == (0 if wanted.startswith("v") else 1)
+
+
+def test_a_checkpoints_names_match_by_the_same_rule():
+    placeholders = {"red/kite": "<class_0>", "Blue Jay": "<class_1>", "Vo\u0308gel": "<class_2>"}
+    assert find_placeholders(["VÖGEL", "blue_jay", "Red Kite"], placeholders) == ["<class_2>", "<class_1>", "<class_0>"]
+
+
+def test_a_checkpoint_whose_names_count_as_the_same_is_refused(tiny_model, tiny_lora, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", in_old_keys(tiny_lora), class_names=["Robin", "robin"])
+    with pytest.raises(InputError, match=r"two class names differ in .*case"):
+        load_pipeline(str(tiny_model), checkpoint, device="cpu")
+
+
+def write_finetuned(folder, **settings):
+    folder.mkdir(exist_ok=True)
+    (folder / "classes.json").write_text(json.dumps({"classes": ["cat", "dög"], "meta_class": "pet"}))
+    content = {"model": "some/model@main", "resolution": 64, "seed": 0, **settings}
+    (folder / "finetune.json").write_text(json.dumps({name: content[name] for name in content if content[name]}))
+    return folder
+
+
+def test_a_folder_that_finetune_wrote_determines_all(tmp_path):
+    folder = write_finetuned(tmp_path / "mine.json")  # a folder, whatever its name
+    classes = load_classes(str(folder))
+    assert (classes.names, classes.meta_class) == (("cat", "dög"), "pet")
+    assert (classes.model, classes.resolution, classes.ckpt_path) == ("some/model@main", 64, folder)
+
+
+@pytest.mark.parametrize("settings", [{"model": None}, {"model": 3}, {"resolution": "64"}, {"resolution": True}])
+def test_a_damaged_finetune_json_is_refused(tmp_path, settings):
+    with pytest.raises(InputError, match=r"`data_name`: .*finetune\.json.*; run ckpts/finetune\.py again"):
+        load_classes(str(write_finetuned(tmp_path / "mine", **settings)))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\ufeff\ufeff", "[" * 100_000])
+@pytest.mark.parametrize("file", ["classes.json", "finetune.json"])
+def test_a_folder_with_an_unreadable_file_is_refused(tmp_path, file, text):
+    folder = write_finetuned(tmp_path / "mine")
+    (folder / file).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=f"`data_name`: .*{file} (is not valid JSON|holds no object)"):
+        load_classes(str(folder))

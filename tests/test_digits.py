@@ -109,7 +109,7 @@ def test_labels_out_of_range_are_named(generator):
 
 
 def test_a_prompt_that_cuts_the_class_off_is_refused():
-    with pytest.raises(InputError, match=r"--prompt: \{name\} is missing or lies beyond the 24 tokens"):
+    with pytest.raises(InputError, match=r"`prompt`: \{name\} .*lies beyond the 24 tokens"):
         NoiseCutMixGenerator(device="cpu", data_name="digits", prompt="a very long way to go before the {name}")
 
 

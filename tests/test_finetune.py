@@ -5,17 +5,15 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from conftest import CLASS_NAMES, DIGITS, RANK, ROOT, TINY_WIDTH, as_command_line, load_module, offline_environment
+from conftest import CLASS_NAMES, DIGITS, RANK, ROOT, TINY_WIDTH, as_command_line, command, load_module
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -23,6 +21,7 @@ from test_bad_input import files_below, run_without_torch
 
 from noisecutmix.checkpoint import load_pipeline
 from noisecutmix.errors import InputError, RunError
+from noisecutmix.launch import Launch
 from noisecutmix.photos import crop_square, find_photos, open_photo
 from noisecutmix.posteriors import Posteriors, plan_showing
 from noisecutmix.training import Settings, Trainer, create_accelerator
@@ -124,7 +123,7 @@ def copy_of(trained, tmp_path):
 
 def create_trainer(tiny_model, photos, **changes):
     settings = Settings(model=str(tiny_model), **{**SETTINGS, **changes})
-    return Trainer(settings, find_photos(photos), create_accelerator("cpu", settings.dtype))
+    return Trainer(settings, find_photos(photos), create_accelerator("cpu", settings.dtype, Launch()))
 
 
 # ---------------------------------------------------------------------------------------------- the pictures
@@ -132,21 +131,21 @@ def create_trainer(tiny_model, photos, **changes):
 
 def test_labels_are_those_of_image_folder(tmp_path):
     """Sorted names decide the label; pictures lie at any depth; what is no picture is said."""
-    write_photos(tmp_path, ["b", "B", "a 10", "a 2"], count=1)
-    (tmp_path / "b" / "deep" / "deeper").mkdir(parents=True)
-    shutil.copy(tmp_path / "b" / "0.png", tmp_path / "b" / "deep" / "deeper" / "z.PNG")
-    (tmp_path / "b" / "notes.txt").write_text("no picture")
-    (tmp_path / "b" / ".hidden.png").write_text("no picture")
+    write_photos(tmp_path, ["c", "B", "a 10", "a 2"], count=1)
+    (tmp_path / "c" / "deep" / "deeper").mkdir(parents=True)
+    shutil.copy(tmp_path / "c" / "0.png", tmp_path / "c" / "deep" / "deeper" / "z.PNG")
+    (tmp_path / "c" / "notes.txt").write_text("no picture")
+    (tmp_path / "c" / ".hidden.png").write_text("no picture")
     (tmp_path / "a 2" / "1.heic").write_text("no picture that is read")
     (tmp_path / "list.csv").write_text("beside the classes")
     found = find_photos(tmp_path)
-    assert found.class_names == ("B", "a 10", "a 2", "b")
+    assert found.class_names == ("B", "a 10", "a 2", "c")
     assert [file.relative_to(tmp_path).as_posix() for file in found.files] == [
         "B/0.png",
         "a 10/0.png",
         "a 2/0.png",
-        "b/0.png",
-        "b/deep/deeper/z.PNG",
+        "c/0.png",
+        "c/deep/deeper/z.PNG",
     ]
     assert found.labels == (0, 1, 2, 3, 3)
     (note,) = found.notes
@@ -321,7 +320,7 @@ def test_bad_pictures_are_refused_in_one_line(tmp_path, photos, tiny_model, case
     damage, message = BAD_PICTURES[case]
     damage(shutil.copytree(photos, tmp_path / "birds"))
     done = start_without_torch(tmp_path, "--data_dir=birds", f"--model={tiny_model}")
-    refused(done, r"(--|`)data_dir`?: .*" + message)
+    refused(done, "--data_dir: .*" + message)
 
 
 BAD_FLAGS = {
@@ -330,13 +329,13 @@ BAD_FLAGS = {
     "output within the pictures": (["--output_dir=birds/out"], "--output_dir: birds/out lies in --data_dir"),
     "output is a file": (["--output_dir=a_file"], "--output_dir: .*is a file"),
     "resolution": (["--resolution=17"], "--resolution: has to be a multiple of 2, not 17"),
-    "rank": (["--rank=0"], "--rank: has to be a whole number above 0"),
+    "rank": (["--rank=0"], "--rank: has to be a whole number from 1 to 1024"),
     "steps": (["--max_train_steps=0"], "--max_train_steps: "),
     "batch": (["--train_batch_size=-1"], "--train_batch_size: "),
     "accumulation": (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps: "),
     "examples": (["--examples_per_class=0"], "--examples_per_class: "),
     "states": (["--checkpointing_steps=0"], "--checkpointing_steps: "),
-    "rate": (["--learning_rate=nan"], "--learning_rate: has to be a number above 0"),
+    "rate": (["--learning_rate=nan"], "--learning_rate: has to be a number from "),
     "token rate": (["--token_learning_rate=-1"], "--token_learning_rate: "),
     "schedule": (["--lr_scheduler=warm"], "--lr_scheduler: invalid choice"),
     "dtype": (["--dtype=float8"], "--dtype: invalid choice"),
@@ -613,12 +612,9 @@ def contains(picture, part):
 
 
 @pytest.mark.parametrize(("script", "count"), [("generation.py", "--num_gen=2"), ("augmentation.py", "--num_aug=2")])
-def test_the_scripts_draw_with_it(trained, tiny_model, tmp_path, script, count):
+def test_the_scripts_draw_with_it(trained, tmp_path, script, count):
     arguments = [
-        f"--data_name={trained / 'classes.json'}",
-        f"--ckpt_path={trained}",
-        f"--model={tiny_model}",
-        "--resolution=16",
+        f"--data_name={trained}",
         "--num_inference_steps=2",
         "--device=cpu",
         count,
@@ -724,7 +720,7 @@ def test_other_pictures_and_another_model_are_refused(tmp_path, flags, trained, 
         (f"--data_dir={other}", "another pictures"),
         (f"--data_dir={renamed}", "another class_names"),
         (f"--model={changed}", "another model"),
-        ("--max_train_steps=11", "max_train_steps`?: out has 12 steps already"),
+        ("--max_train_steps=11", "--max_train_steps: out has 12 steps already"),
     ):
         with pytest.raises(InputError, match=message):
             finetune(tmp_path, *flags, flag)
@@ -772,7 +768,7 @@ def test_a_state_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, flags,
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, flags):
     with pytest.raises(RunError, match=r"the loss of step \d+ is not finite; .*the state of step \d+ of 50 is kept"):
-        finetune(tmp_path, *flags, "--learning_rate=1e20", "--checkpointing_steps=1", "--max_train_steps=50")
+        finetune(tmp_path, *flags, "--learning_rate=1e6", "--checkpointing_steps=1", "--max_train_steps=50")
     for file in (tmp_path / "out").glob("state_*.pt"):
         assert np.isfinite(torch.load(file, weights_only=True)["losses"]).all()
     assert not (tmp_path / "out" / LORA).exists()
@@ -786,10 +782,8 @@ def test_running_out_of_memory_says_what_helps(tmp_path, flags, monkeypatch):
 
 def test_two_runs_do_not_share_a_folder(tmp_path, flags):
     folder = TrainingFolder(tmp_path / "out")
-    folder.take({}, 1, overwrite=False)
-    with pytest.raises(InputError, match="another run is writing into out"):
+    with folder.held({}, 1, overwrite=False), pytest.raises(InputError, match="another run is writing into out"):
         finetune(tmp_path, *flags)
-    folder.close()
     assert not (tmp_path / "out").exists()
 
 
@@ -797,36 +791,25 @@ def test_the_budget_is_that_of_diff_mix_and_is_said(photos, tmp_path, capsys):
     module = load_module(ROOT / SCRIPT)
     arguments = [f"--data_dir={photos}", "--meta_class=bird", f"--output_dir={tmp_path}", f"--model={DIGITS / 'base'}"]
     options = module.parse([*arguments, "--gradient_accumulation_steps=2"])
-    assert module.plan_steps(options, find_photos(photos)) == 1000
+    assert module.plan_steps(options, find_photos(photos), Launch()) == 1000
     told = capsys.readouterr().err
     assert "3 classes, 9 pictures; 1000 steps of 16 pictures (8 in a batch x 2 accumulated x 1 processes)" in told
     many = find_photos(photos).__class__(photos, ("a", "b"), (photos,) * 5994, (0,) * 5994, ())
-    assert module.plan_steps(module.parse(arguments), many) == -(-47 * 5994 // 8)
+    assert module.plan_steps(module.parse(arguments), many, Launch()) == -(-47 * 5994 // 8)
 
 
 # ---------------------------------------------------------------------------------------------- processes and signals
 
 
-def start(folder, *arguments, launcher=(), **environment):
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / SCRIPT), *arguments, "--output_dir=out"],
-        cwd=folder,
-        env=offline_environment(**environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_finetuning(start, *arguments, launcher=(), **environment):
+    script, *arguments = command(SCRIPT, *arguments, "--output_dir=out")[1:]
+    return start([sys.executable, *launcher, script, *arguments], **environment)
 
 
 TWO_PROCESSES = (
     *("-m", "torch.distributed.run", "--nproc_per_node=2"),
     *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
 )
-
-
-def kill(process):
-    for running in (*psutil.Process(process.pid).children(recursive=True), process):
-        running.kill()
 
 
 def wait_for_state(folder, step, process):
@@ -838,19 +821,17 @@ def wait_for_state(folder, step, process):
 
 
 @pytest.mark.slow
-def test_killed_five_times_at_random(tmp_path, flags):
+def test_killed_five_times_at_random(tmp_path, flags, start):
     flags = [*flags, "--max_train_steps=60", "--checkpointing_steps=1"]
     (tmp_path / "whole").mkdir()
     finetune(tmp_path / "whole", *flags)
     rng = random.Random(0)
     for turn in range(5):
-        process = start(tmp_path, *flags)
-        try:
-            wait_for_state(tmp_path, 10 * turn + 1, process)
-            time.sleep(rng.uniform(0, 0.2))
-        finally:
-            kill(process)
-            process.communicate()
+        process = start_finetuning(start, *flags)
+        wait_for_state(tmp_path, 10 * turn + 1, process)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
     finetune(tmp_path, *flags)
     assert difference(tmp_path / "out", tmp_path / "whole" / "out") < 1e-6
 
@@ -858,29 +839,21 @@ def test_killed_five_times_at_random(tmp_path, flags):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGTERM")
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_stop_in_one_line(tmp_path, flags, sent, status):
-    process = start(tmp_path, *flags, "--max_train_steps=5000")
-    try:
-        wait_for_state(tmp_path, 4, process)
-        process.send_signal(sent)
-        _, told = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            kill(process)
+def test_signals_stop_in_one_line(tmp_path, flags, start, sent, status):
+    process = start_finetuning(start, *flags, "--max_train_steps=5000")
+    wait_for_state(tmp_path, 4, process)
+    process.send_signal(sent)
+    _, told = process.communicate(timeout=60)
     assert process.returncode == status
     assert re.search(r"stopped: the state of step \d+ of 5000 is kept; the same command goes on", told)
     assert "Traceback" not in told
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path, flags, trained):
+def test_two_processes_train_what_one_does(tmp_path, flags, trained, start):
     """Half the batch each, so each sees what the other does not."""
-    process = start(tmp_path, *flags, "--train_batch_size=2", launcher=TWO_PROCESSES, OMP_NUM_THREADS="1")
-    try:
-        _, told = process.communicate(timeout=300)
-    finally:
-        if process.poll() is None:
-            kill(process)
+    process = start_finetuning(start, *flags, "--train_batch_size=2", launcher=TWO_PROCESSES, OMP_NUM_THREADS="1")
+    _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     assert "Traceback" not in told
     assert "12 steps of 4 pictures (2 in a batch x 1 accumulated x 2 processes)" in told
@@ -888,14 +861,10 @@ def test_two_processes_train_what_one_does(tmp_path, flags, trained):
 
 
 @pytest.mark.slow
-def test_two_processes_refuse_in_one_line(tmp_path, flags, photos):
+def test_two_processes_refuse_in_one_line(tmp_path, flags, photos, start):
     truncate(shutil.copytree(photos, tmp_path / "birds") / CLASS_NAMES[1] / "0.png")
-    process = start(tmp_path, *flags, "--data_dir=birds", launcher=TWO_PROCESSES, OMP_NUM_THREADS="1")
-    try:
-        _, told = process.communicate(timeout=300)
-    finally:
-        if process.poll() is None:
-            kill(process)
+    process = start_finetuning(start, *flags, "--data_dir=birds", launcher=TWO_PROCESSES, OMP_NUM_THREADS="1")
+    _, told = process.communicate(timeout=300)
     lines = [line for line in told.splitlines() if "finetune.py: error: " in line]
     assert len(lines) == 1 and "0.png cannot be read" in lines[0], told
     assert not (tmp_path / "out").exists()

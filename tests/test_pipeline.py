@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from diffusers.callbacks import (
+    IPAdapterScaleCutoffCallback,
+    MultiPipelineCallbacks,
+    SDCFGCutoffCallback,
+    SDXLCFGCutoffCallback,
+)
 from PIL import Image
 
+from noisecutmix import NoiseCutMixPipeline
 from noisecutmix.pipeline import NonFiniteImageError
 
 PROMPT_1, PROMPT_2 = "a photo of a <class_0> bird", "a photo of a <class_1> bird"
@@ -226,6 +233,37 @@ def test_every_kind_of_mask_gives_the_same_picture(tiny_pipeline):
         assert torch.equal(draw(tiny_pipeline, mask=mask), expected)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "RGBA", "LA", "PA", "RGBa", "CMYK", "YCbCr", "HSV"])
+def test_an_opaque_mask_counts_by_its_grey_level_in_every_mode(tiny_pipeline, mode):
+    mask = left_half().convert("RGB" if mode in ("HSV", "YCbCr", "CMYK") else "RGBA" if mode == "RGBa" else mode)
+    assert torch.equal(draw(tiny_pipeline, mask=mask.convert(mode)), draw(tiny_pipeline))
+
+
+def transparent_masks():
+    """White pictures whose shape lies in their transparency alone, in each of Pillow's ways to say it."""
+    for mode in ("RGBA", "LA", "PA"):
+        picture = white().convert(mode)
+        picture.putalpha(left_half())
+        yield picture
+        if mode != "PA":
+            yield picture.convert(mode[:-1] + "a")  # premultiplied
+    palette = Image.fromarray(np.asarray(left_half()) // 255, "P")
+    palette.putpalette([255] * 6)
+    palette.info["transparency"] = b"\x00\xff"
+    yield palette
+    for mode, transparent in (("L", 0), ("1", 0), ("RGB", (0, 0, 0)), ("I", 0), ("I;16", 0), ("F", 0)):
+        picture = left_half().point(lambda level: level > 0).convert(mode) if mode[0] in "IF" else left_half()
+        picture = picture.convert(mode)
+        picture.info["transparency"] = transparent
+        yield picture
+
+
+@pytest.mark.parametrize("mask", transparent_masks(), ids=lambda mask: mask.mode)
+def test_a_mask_that_is_transparent_in_places_is_refused(tiny_pipeline, mask):
+    with pytest.raises(ValueError, match=r'`mask` of mode \S+ is transparent.*getchannel\("A"\)'):
+        draw(tiny_pipeline, mask=mask)
+
+
 def test_output_types_agree(tiny_pipeline):
     picture = draw(tiny_pipeline, output_type="pil")[0]
     array = draw(tiny_pipeline, output_type="np")[0]
@@ -247,6 +285,65 @@ def test_callback_sees_and_changes_the_latents(tiny_pipeline):
     latents = draw(tiny_pipeline, callback_on_step_end=zero_at_the_end)
     assert steps == [0, 1, 2, 3]
     assert (latents == 0).all()
+
+
+def test_callback_ends_guidance_as_the_interval_does(tiny_pipeline):
+    def unguide(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 0.0 if step == 1 else pipe._guidance_scale
+        return {}
+
+    expected = draw(tiny_pipeline, guidance_interval=(0.0, 0.5))
+    assert torch.equal(draw(tiny_pipeline, callback_on_step_end=unguide), expected)
+
+
+def test_diffusers_callbacks_get_the_tensors_that_they_ask_for(tiny_pipeline):
+    expected = draw(tiny_pipeline)
+    for callback in (IPAdapterScaleCutoffCallback(0.5), SDCFGCutoffCallback(1.0)):  # a cutoff after the last step
+        for one in (callback, MultiPipelineCallbacks([callback])):
+            assert torch.equal(draw(tiny_pipeline, callback_on_step_end=one), expected)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (SDCFGCutoffCallback(0.5), r"`prompt_embeds` \(1, .*use `guidance_interval`"),
+        (MultiPipelineCallbacks([SDCFGCutoffCallback(0.0)]), r"`prompt_embeds` \(1, .*use `guidance_interval`"),
+        (SDXLCFGCutoffCallback(0.5), "add_text_embeds"),
+        (lambda *_: {"latents": torch.zeros(1, 4, 1, 1)}, r"`latents` \(1, 4, 1, 1\)"),
+        (lambda *_: {"negative_prompt_embeds": torch.zeros(1, 24, 32)}, "`negative_prompt_embeds`"),
+    ],
+)
+def test_a_callback_that_does_not_fit_is_named(tiny_pipeline, callback, message):
+    with pytest.raises(ValueError, match=message):
+        draw(tiny_pipeline, callback_on_step_end=callback)
+
+
+def test_class_tokens_survive_saving_and_loading(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path)
+    again = NoiseCutMixPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.name2placeholder == tiny_pipeline.name2placeholder
+    assert again.name2placeholder["blue jay"] == "<class_1>"
+    assert again.placeholder2name["<class_1>"] == "blue jay"
+    assert again.components.keys() == tiny_pipeline.components.keys()
+    assert_same(draw(again), draw(tiny_pipeline))
+    again.name2placeholder = {"owl": "<class_0>"}
+    again.save_pretrained(tmp_path / "again")
+    assert NoiseCutMixPipeline.from_pretrained(tmp_path / "again").placeholder2name == {"<class_0>": "owl"}
+
+
+def test_a_model_without_learned_classes_has_no_names(tiny_model):
+    assert NoiseCutMixPipeline.from_pretrained(tiny_model, safety_checker=None).name2placeholder == {}
+
+
+@pytest.mark.parametrize(("spacing", "most"), [("linspace", 999), ("leading", 998)])
+def test_as_many_steps_as_the_schedule_takes(tiny_pipeline, monkeypatch, spacing, most):
+    scheduler = tiny_pipeline.scheduler
+    tiny_pipeline.scheduler = scheduler.from_config(scheduler.config, timestep_spacing=spacing)
+    monkeypatch.setattr(tiny_pipeline.unet, "forward", lambda sample, *_, **__: (sample / 2,))
+    assert draw(tiny_pipeline, num_inference_steps=most).isfinite().all()
+    with pytest.raises(ValueError, match=f"`num_inference_steps`: .* from 1 to {most}, not {most + 1}"):
+        draw(tiny_pipeline, num_inference_steps=most + 1)
 
 
 def test_no_global_random_state_is_read_or_changed(tiny_pipeline):
@@ -272,6 +369,7 @@ def test_a_picture_that_is_not_finite_is_an_error(tiny_pipeline):
             output_type="pil",
         )
     assert caught.value.indices == [1]
+    assert "float32" in str(caught.value) and "bfloat16" not in str(caught.value)
 
 
 def test_the_decoder_falls_back_to_slices_when_memory_is_short(tiny_pipeline, monkeypatch):
@@ -332,6 +430,27 @@ def test_a_scheduler_that_draws_noise_takes_it_from_the_generator(tiny_pipeline)
         ({"output_type": "jpeg"}, ValueError, "output_type"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "noise"),
         ({"generator": generators(2)}, ValueError, "generators"),
+        ({"generator": []}, ValueError, "generators"),
+        ({"generator": [None]}, ValueError, "generators"),
+        ({"generator": 0}, ValueError, "generators"),
+        ({"prompt_1": [3], "prompt_2": [PROMPT_2]}, TypeError, "`prompt_1`"),
+        ({"prompt_1": None, "prompt_1_embeds": [0.0]}, TypeError, "`prompt_1_embeds`"),
+        ({"negative_prompt": "", "negative_prompt_embeds": torch.zeros(1, 24, 32)}, ValueError, "`negative_prompt`"),
+        ({"negative_prompt": ["a", "b"]}, ValueError, "`negative_prompt` has to hold one a prompt, 1"),
+        ({"mask": np.zeros((0, 0))}, ValueError, "(16, 16)"),
+        ({"mask": np.zeros((0, 16, 16))}, ValueError, "one mask a prompt"),
+        ({"mask": np.zeros((16, 16), complex)}, ValueError, "real numbers"),
+        ({"mask": np.full((16, 16), "0")}, ValueError, "real numbers"),
+        ({"mask": "mask.png"}, TypeError, "`mask`"),
+        ({"mask": Image.new("LAB", (16, 16))}, ValueError, "mode LAB"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, ValueError, "latents"),
+        ({"guidance_scale": True}, ValueError, "guidance_scale"),
+        ({"guidance_scale": "7.5"}, ValueError, "guidance_scale"),
+        ({"guidance_interval": (False, True)}, ValueError, "guidance_interval"),
+        ({"num_inference_steps": True}, ValueError, "num_inference_steps"),
+        ({"num_inference_steps": 4.0}, ValueError, "num_inference_steps"),
+        ({"num_images_per_prompt": True}, ValueError, "num_images_per_prompt"),
+        ({"height": 16.0}, ValueError, "multiples of 2"),
     ],
 )
 def test_wrong_inputs_are_named(tiny_pipeline, changes, error, message):

@@ -1,7 +1,11 @@
 """Boxes, masks, ratios and labels: the arithmetic of CutMix, and one seed an item."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,10 +41,74 @@ def test_public_mask_and_ratio_agree(height, width, alpha, seed):
     assert ratio == pytest.approx(np.mean(np.asarray(mask) == 255), abs=1e-12)
 
 
-@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), 1.7e308, 1e-320, 10**400])
 def test_alpha_has_to_be_positive(alpha):
     with pytest.raises(ValueError, match="alpha"):
         make_mask_and_ratio((8, 8, 3), alpha)
+    with pytest.raises(ValueError, match="alpha"):
+        Plan(0, 2, alpha, 32)
+
+
+@pytest.mark.parametrize("alpha", [True, "1", None, torch.tensor(1.0), np.array([1.0])])
+def test_alpha_has_to_be_a_number(alpha):
+    with pytest.raises(ValueError, match="`alpha`: has to be a number from 1e-06 to 1e"):
+        make_mask_and_ratio((8, 8, 3), alpha)
+    with pytest.raises(ValueError, match="`alpha`: has to be a number from 1e-06 to 1e"):
+        Plan(0, 2, alpha, 32)
+
+
+@pytest.mark.parametrize(
+    "size", [(8.0, 8, 3), (8, True), (0, 8), (8, -1), (torch.tensor(8), 8), ("8", "8"), (8,), 8, None]
+)
+def test_size_has_to_hold_whole_numbers(size):
+    with pytest.raises(ValueError, match="`size`: has to be "):
+        make_mask_and_ratio(size, 1.0)
+
+
+NO_WHOLE_NUMBERS = [True, np.True_, 1.0, np.float32(1), "1", torch.tensor(1), np.array([1]), -1]
+
+
+@pytest.mark.parametrize("value", NO_WHOLE_NUMBERS, ids=repr)
+def test_what_counts_or_numbers_has_to_be_whole(value):
+    good = {"seed": 0, "num_classes": 3, "alpha": 1.0, "resolution": 32}
+    for name in ("seed", "num_classes", "resolution"):
+        with pytest.raises(ValueError, match=f"`{name}`: has to be a whole number"):
+            Plan(**{**good, name: value})
+    for name in ("index", "target", "aug"):
+        with pytest.raises(ValueError, match=f"`{name}`: has to be a whole number"):
+            Plan(**good).item(**{"index": 0, name: value})
+        with pytest.raises(ValueError, match=f"`{name}`: has to be a whole number"):
+            dataclasses.replace(Plan(**good).item(0), **{name: value})
+
+
+@pytest.mark.parametrize("labels", [{"target": 3}, {"aug": 3}, {"target": 10**30}])
+def test_a_label_beyond_the_classes_is_refused(labels):
+    with pytest.raises(ValueError, match=f"`{next(iter(labels))}`: has to be a whole number from 0 to 2"):
+        Plan(0, 3, 1.0, 32).item(0, **labels)
+
+
+@pytest.mark.parametrize("ratio", [float("nan"), -0.1, 1.1, True, "0.5"])
+def test_an_items_ratio_is_a_share(ratio):
+    with pytest.raises(ValueError, match="`ratio`: has to be a number from 0 to 1"):
+        dataclasses.replace(Plan(0, 3, 1.0, 32).item(0), ratio=ratio)
+
+
+def test_numbers_of_numpy_count_as_pythons():
+    plan = Plan(np.int64(5), np.uint8(3), np.float32(1), np.int32(32))
+    item = plan.item(np.int16(4), np.uint8(2), np.int64(0))
+    assert item == Plan(5, 3, 1.0, 32).item(4, 2, 0)
+    assert json.loads(json.dumps([dataclasses.astuple(plan), dataclasses.astuple(item)]))
+    mask, ratio = make_mask_and_ratio(np.zeros((8, 6, 3)).shape, np.float64(1), np.random.default_rng(0))
+    assert mask.size == (6, 8) and 0 <= ratio <= 1
+
+
+def test_the_box_no_longer_changes_at_the_ends_of_alphas_range():
+    """lambda ~ Beta(alpha, alpha) is 0 or 1 at the lower end and 1/2 at the upper one, to less than a pixel."""
+    for index in range(300):
+        left, top, right, bottom = Plan(0, 2, 1e-6, 512).item(index).box
+        assert (right - left, bottom - top) == (0, 0) or min(right - left, bottom - top) >= 256  # none, or all, clipped
+    boxes = [Plan(0, 2, 1e6, 512).item(index).box for index in range(300)]
+    assert max(right - left for left, _, right, _ in boxes) == pytest.approx(512 * np.sqrt(0.5), abs=3)
 
 
 @given(seed=seeds, index=st.integers(0, 10**9), classes=st.integers(2, 200), alpha=alphas, resolution=sides)

@@ -1,13 +1,11 @@
 """A data set that is cut off, damaged, extended or asked for twice: the same command ends with the same data set."""
 
-import contextlib
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -16,10 +14,18 @@ import uuid
 import zlib
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from conftest import ROOT, as_command_line, command, offline_environment
+from conftest import (
+    LONGEST_WAIT,
+    ROOT,
+    as_command_line,
+    command,
+    files_of,
+    offline_environment,
+    run_to_the_end,
+    wait_for_images,
+)
 from filelock import FileLock
 from PIL import Image
 
@@ -29,17 +35,7 @@ from noisecutmix.folder import OutputFolder
 from noisecutmix.pipeline import NoiseCutMixPipeline
 from noisecutmix.plan import Plan
 
-LONGEST_WAIT = 300  # seconds: two cores may have other work
 LABELS_AND_MASKS = re.compile(r"mask/.*|metadata\.jsonl|soft_label\.npy")
-
-
-def files_of(folder):
-    """Return {name: content} of what a data set consists of."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("run.json", ".lock")
-    }
 
 
 def compare(folder, expected):
@@ -52,52 +48,6 @@ def compare(folder, expected):
         elif name.startswith("image/"):
             actual, wanted = (np.asarray(Image.open(root / name)).astype(int) for root in (folder, expected))
             assert np.abs(actual - wanted).max() <= 1, name
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Start a command in the background; whatever a failed test leaves running is killed."""
-    processes = []
-
-    def start_one(arguments, **environment):
-        process = subprocess.Popen(
-            arguments,
-            cwd=tmp_path,
-            env=offline_environment(**environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        return process
-
-    yield start_one
-    for process in processes:
-        if process.poll() is None:
-            for running in (*psutil.Process(process.pid).children(recursive=True), process):
-                running.kill()
-
-
-def wait_for_images(folder, count, process):
-    end = time.monotonic() + LONGEST_WAIT
-    while len(list((folder / "image").glob("gen_*.png"))) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"no {count} images in {LONGEST_WAIT} s"
-        time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_arguments):
-    """Twenty items in one go."""
-    folder = tmp_path_factory.mktemp("whole")
-    run_to_the_end(folder, tiny_arguments, 20)
-    return folder / "out"
-
-
-def run_to_the_end(tmp_path, arguments, num_aug, *more):
-    arguments = [*arguments, f"--num_aug={num_aug}", "--output_dir=out", *more]
-    with as_command_line("augmentation.py", *arguments, folder=tmp_path) as main:
-        main()
 
 
 def copy_of(whole, tmp_path):
@@ -118,8 +68,8 @@ def test_damage_is_mended_and_nothing_else_touched(whole, tmp_path, tiny_argumen
     mended |= {"mask/mask_0009.png", "mask/mask_0010.png"}
     before = {path: path.stat().st_mtime_ns for folder in ("image", "mask") for path in (out / folder).iterdir()}
 
-    run_to_the_end(tmp_path, tiny_arguments, 20)
-    compare(out, whole)
+    run_to_the_end(tmp_path, tiny_arguments, 20, "--verify")
+    assert files_of(out) == files_of(whole)
     written = {
         path.relative_to(out).as_posix()
         for folder in ("image", "mask")
@@ -197,23 +147,19 @@ def test_extension_equals_all_at_once(whole, tmp_path, tiny_arguments):
     run_to_the_end(tmp_path, tiny_arguments, 50)
     (tmp_path / "at_once").mkdir()
     run_to_the_end(tmp_path / "at_once", tiny_arguments, 50)
-    compare(out, tmp_path / "at_once" / "out")
+    assert files_of(out) == files_of(tmp_path / "at_once" / "out")
 
 
 def test_names_sort_in_row_order_when_they_grow_longer(tmp_path):
     """From 10,000 items to 10,001 the numbers get a digit more; what is there is renamed."""
     plan = Plan(0, 3, 1.0, 16)
     small, large = OutputFolder(tmp_path, plan, 10_000, "abc"), OutputFolder(tmp_path, plan, 10_001, "abc")
-    small.take({}, overwrite=False)
-    small.begin({})
+    small.begin({}, {"command": []})
     for index in (0, 9_999):
         small.write(plan.item(index), Image.new("RGB", (16, 16)))
-    small.close()
-    large.take({}, overwrite=False)
-    large.begin({})
-    missing = large.find_missing()
+    large.begin({}, {"command": []})
+    missing = large.mend(np.arange(10_001))
     large.write(plan.item(10_000), Image.new("RGB", (16, 16)))
-    large.close()
     assert missing.tolist() == [*range(1, 9_999), 10_000]
     names = sorted(path.name for path in (tmp_path / "image").iterdir())
     assert names == ["gen_00000.png", "gen_09999.png", "gen_10000.png"]
@@ -441,7 +387,7 @@ def test_an_error_in_a_writer_thread_stops_the_run():
 
     with pytest.raises(OSError, match="No space"), files.BackgroundWriter(fail) as background:
         for number in range(1000):
-            background.submit(number)
+            background.submit([number])
             time.sleep(0.001)
         raise AssertionError("the error should have come earlier")
 
@@ -459,87 +405,8 @@ def test_ten_kills_change_nothing(start, tmp_path):
         process.kill()
         process.communicate()
     run_to_the_end(tmp_path, arguments[:-2], 200)
-    compare(tmp_path / "out", tmp_path / "whole" / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole" / "out")
     assert not list((tmp_path / "out").rglob("*.tmp"))
-
-
-def is_worker(process):
-    with contextlib.suppress(psutil.Error):  # it has just ended
-        return str(ROOT / "augmentation.py") in process.cmdline()
-    return False
-
-
-# the processes of one machine talk over its loopback, whatever the host's name resolves to
-TALK_LOCALLY = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-
-
-@pytest.fixture
-def launch(start, tmp_path):
-    def launch_two(*arguments):
-        return start(
-            [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1",
-             "--mixed_precision=no", "--dynamo_backend=no", "--multi_gpu", "--main_process_port=0",
-             str(ROOT / "augmentation.py"), *arguments],
-            OMP_NUM_THREADS="1",
-            HF_HOME=str(tmp_path / "no_configuration_of_the_user"),
-            **TALK_LOCALLY,
-        )  # fmt: skip
-
-    return launch_two
-
-
-def find_free_port():
-    """Return a port that is free and outside the range from which outgoing connections take theirs."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with socket.socket() as candidate, contextlib.suppress(OSError):
-            candidate.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port")
-
-
-@pytest.mark.slow
-def test_two_processes_draw_what_one_draws(whole, launch, tmp_path, tiny_arguments):
-    process = launch(*tiny_arguments, "--num_aug=20", "--output_dir=out")
-    output, errors = process.communicate(timeout=LONGEST_WAIT)
-    assert process.returncode == 0, errors
-    assert output.count("out is complete: 20 items") == 1  # rank 0 alone prints
-    compare(tmp_path / "out", whole)
-
-
-@pytest.mark.slow
-def test_a_machine_with_other_options_is_refused(start, tmp_path, tiny_arguments):
-    port = str(find_free_port())
-    processes = [
-        start(
-            command("augmentation.py", *tiny_arguments, "--output_dir=out", f"--seed={rank}"),
-            RANK=str(rank),
-            LOCAL_RANK="0",
-            WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-            **TALK_LOCALLY,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=LONGEST_WAIT)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 2]
-    assert "process 1: the main process has another seed (0 there, 1 now)" in errors[1]
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_one_process_goes_on_after_one_of_two_was_killed(launch, tmp_path, tiny_arguments):
-    steps = "--num_inference_steps=20"
-    (tmp_path / "whole").mkdir()
-    run_to_the_end(tmp_path / "whole", tiny_arguments, 300, steps)
-    process = launch(*tiny_arguments, steps, "--num_aug=300", "--output_dir=out")
-    wait_for_images(tmp_path / "out", 30, process)
-    next(filter(is_worker, psutil.Process(process.pid).children(recursive=True))).kill()
-    process.communicate(timeout=LONGEST_WAIT)
-    assert process.returncode != 0
-    assert not (tmp_path / "out" / "soft_label.npy").exists()
-    run_to_the_end(tmp_path, tiny_arguments, 300, steps)
-    compare(tmp_path / "out", tmp_path / "whole" / "out")
 
 
 MILLION = """
@@ -547,15 +414,15 @@ import re, sys, time
 from pathlib import Path
 import numpy
 from noisecutmix.plan import Plan
-from noisecutmix.folder import OutputFolder
+from noisecutmix.labels import LabelFiles
 
 def peak():  # of this process alone; getrusage counts the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 before = peak()
-folder = OutputFolder(Path(sys.argv[1]), Plan(0, 10, 1.0, 512), 1_000_000, [str(i) for i in range(10)])
+files = LabelFiles(Path(sys.argv[1]), Plan(0, 10, 1.0, 512), 1_000_000, [str(i) for i in range(10)])
 start = time.perf_counter()
-folder.write_labels_and_metadata()
+files.write()
 print(time.perf_counter() - start, peak() - before)
 """
 

@@ -1,0 +1,59 @@
+"""Which numbers are valid, for the flags and for the Python names alike. Imports no numpy."""
+
+import contextlib
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `lowest` to `highest`, both included; `kind` is int (whole numbers) or float."""
+
+    kind: type[int] | type[float]
+    lowest: float
+    highest: float = math.inf
+
+    def __str__(self) -> str:
+        kind, lowest, highest = "a whole number", str(self.lowest), str(self.highest)
+        if self.kind is float:
+            kind, lowest, highest = "a number", f"{self.lowest:g}", f"{self.highest:g}"
+        return f"{kind} from {lowest} to {highest}" if math.isfinite(self.highest) else f"{kind} of at least {lowest}"
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return `value` as a Python int or float.
+
+        Numbers of Python and of numpy are accepted. A bool is refused, and so are strings, arrays and tensors.
+
+        Raises:
+            ValueError: `value` is of another kind or outside the range. The message names the parameter `name`.
+        """
+        if type(value) is self.kind and self.lowest <= value <= self.highest:  # the quick way; false for nan
+            return value
+        number: Any = numbers.Integral if self.kind is int else numbers.Real
+        if isinstance(value, number) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):  # a whole number that no float can hold
+                converted = self.kind(value)
+                if self.lowest <= converted <= self.highest:
+                    return converted
+        raise ValueError(f"`{name}`: has to be {self}, not {value!r}")
+
+
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Return whether `value` is an integer of Python or numpy; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+RANGES = {
+    # Outside this range the box no longer changes with alpha: it covers all, nothing, or half of the picture.
+    "alpha": Range(float, 1e-6, 1e6),
+    "batch_size": Range(int, 1, 4096),
+    "guidance_interval": Range(float, 0, 1),
+    "guidance_scale": Range(float, 0, 1000),
+    "num_aug": Range(int, 1, 10**8),
+    "num_gen": Range(int, 1, 10**8),
+    "num_inference_steps": Range(int, 1, 999),  # the scheduler cannot use one of its 1,000 timesteps twice
+    "resolution": Range(int, 1, 8192),
+    "seed": Range(int, 0, 2**63 - 1),
+}

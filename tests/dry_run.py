@@ -1,0 +1,149 @@
+"""What drawing costs a GPU, computed without one: floating-point operations, memory, and bounds that follow from them.
+
+`tests/benchmark.py --arch sd15 --device cuda --dry_run` prints it. Nothing in it is measured.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fake_card import FakeCard, build_generator, build_pipeline, can_fake_cuda
+from random_models import Shape
+
+GIGABYTE = 10**9
+TERAFLOP = 10**12
+BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+CARDS = (8, 12, 16, 24, 80)  # GB of memory
+# what a card needs besides live tensors: the CUDA context and the libraries' code; then, in proportion to the
+# activations, copies and workspaces inside the kernels, and what the allocator rounds up or cannot use again
+FIXED_RESERVE = GIGABYTE
+ACTIVATIONS_RESERVE = 0.5
+# TFLOP/s of the tensor cores: dense, float16 operands, added up in float32, as PyTorch does
+TENSOR_PEAKS = {
+    "H100 SXM": (989, "NVIDIA H100 Tensor Core GPU Datasheet: 1,979 with sparsity, half of it without"),
+    "A100": (312, "NVIDIA A100 Tensor Core GPU Datasheet"),
+    "RTX 4090": (165.2, "NVIDIA Ada GPU Architecture, whitepaper, appendix A: FP16 Tensor with FP32 Accumulate"),
+}
+SHARES_OF_PEAK = (1.0, 0.4)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a batch costs: floating-point operations a picture, and bytes of live tensors besides the weights.
+
+    loop, decoder: the denoising loop's and the decoding's, to 8-bit pictures.
+    one_decoded_bytes: the decoding's where it takes one picture at a time.
+    """
+
+    batch_size: int
+    loop_flops: float
+    decoder_flops: float
+    weights_bytes: int
+    loop_bytes: int
+    decoder_bytes: int
+    one_decoded_bytes: int
+
+    @property
+    def teraflops(self) -> float:
+        return (self.loop_flops + self.decoder_flops) / TERAFLOP
+
+    def fits(self, card: int, decodes_one_by_one: bool) -> bool:
+        """Return whether a card of so many GB has room for it and for the reserve."""
+        decoder_bytes = self.one_decoded_bytes if decodes_one_by_one else self.decoder_bytes
+        return needed_bytes(self.weights_bytes, max(self.loop_bytes, decoder_bytes)) <= card * GIGABYTE
+
+
+def needed_bytes(weights: int, activations: int) -> float:
+    """Return the memory that a card should have, with the reserve."""
+    return FIXED_RESERVE + weights + (1 + ACTIVATIONS_RESERVE) * activations
+
+
+def compute_drawing(
+    shape: Shape, dtype: torch.dtype, steps: int, resolution: int, batch_sizes: Sequence[int] = BATCH_SIZES
+) -> list[Usage]:
+    """Draw a batch of each size on a fake card, as augmentation.py does."""
+    usages: list[Usage] = []
+    card = FakeCard("cuda" if can_fake_cuda() else "meta")
+    with tempfile.TemporaryDirectory() as folder, card:
+        options = {"num_inference_steps": steps, "resolution": resolution, "batch_size": max(batch_sizes)}
+        pipe = build_pipeline(card, shape, Path(folder), dtype)
+        generator = build_generator(pipe, shape, Path(folder), **options)
+        weights_bytes = card.weights
+        for batch_size in batch_sizes:
+            card.start()
+            generator.draw(list(generator.plan.items(batch_size)))
+            decoder_bytes = card.activations("decoder", "around")
+            one_decoded_bytes = max(usages[0].decoder_bytes, card.activations("around")) if usages else decoder_bytes
+            usages.append(
+                Usage(
+                    batch_size,
+                    card.flops["loop"] / batch_size,
+                    card.flops["decoder"] / batch_size,
+                    weights_bytes,
+                    card.activations("loop"),
+                    decoder_bytes,
+                    one_decoded_bytes,
+                )
+            )
+    return usages
+
+
+def describe(usages: list[Usage], dtype: torch.dtype) -> str:
+    """Return the tables, and the bounds for types that the tensor cores' peaks are given for."""
+    last = usages[-1]
+    by_card = [largest_batch(usages, card) for card in CARDS]
+    lines = [
+        "Computed with fake tensors; nothing here is measured.",
+        "",
+        f"a picture: {last.teraflops:.1f} TFLOP, {last.loop_flops / TERAFLOP:.2f} in the loop and "
+        f"{last.decoder_flops / TERAFLOP:.2f} in the decoder",
+        f"weights: {last.weights_bytes / GIGABYTE:.2f} GB",
+        "live tensors besides the weights, at most; the decoder takes eight pictures at a time, and one by one where "
+        "those do not fit:",
+        "",
+        *align(
+            ["batch", "TFLOP a picture", "loop (GB)", "decoder (GB)", "one by one (GB)"],
+            *(
+                [str(usage.batch_size), f"{usage.teraflops:.2f}"]
+                + [
+                    f"{size / GIGABYTE:.2f}"
+                    for size in (usage.loop_bytes, usage.decoder_bytes, usage.one_decoded_bytes)
+                ]
+                for usage in usages
+            ),
+        ),
+        "",
+        f"--batch_size by card: {FIXED_RESERVE / GIGABYTE:.0f} GB is left for the CUDA context and the libraries, and "
+        f"{ACTIVATIONS_RESERVE:.0%} of the live tensors",
+        "(the larger of loop and decoder) for copies and workspaces inside the kernels and what the allocator cannot "
+        "use:",
+        "",
+        *align(["memory", *(f"{card} GB" for card in CARDS)], ["--batch_size", *by_card]),
+        *(["* decoded one by one"] if any("*" in batch for batch in by_card) else []),
+    ]
+    if dtype != torch.float32:
+        lines += ["", "Bounds in pictures a second, from the tensor cores' dense float16 peak:", ""]
+        lines += align(
+            ["", "TFLOP/s", *(f"at {share:.0%}" for share in SHARES_OF_PEAK), "figure from"],
+            *(
+                [name, f"{peak:g}", *(f"{share * peak / last.teraflops:.1f}" for share in SHARES_OF_PEAK), source]
+                for name, (peak, source) in TENSOR_PEAKS.items()
+            ),
+        )
+    return "\n".join(lines)
+
+
+def largest_batch(usages: list[Usage], card: int) -> str:
+    """Return the largest batch that fits, marked where its decoder has to go one by one; "none" where none fits."""
+    fitting = [usage for usage in usages if usage.fits(card, decodes_one_by_one=True)]
+    if not fitting:
+        return "none"
+    return f"{fitting[-1].batch_size}{'' if fitting[-1].fits(card, decodes_one_by_one=False) else ' *'}"
+
+
+def align(*rows: list[str]) -> list[str]:
+    """Return the rows as lines with columns of one width each."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

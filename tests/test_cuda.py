@@ -1,0 +1,231 @@
+"""The CUDA path: on every machine in fake tensors at Stable Diffusion 1.5's shapes; with `-m cuda`, on a real GPU.
+
+The fake card (tests/fake_card.py) raises an error for an operand on another device or of another type than asked for,
+and for anything that the host reads from the card within the denoising loop. So each test that draws holds these too.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fake_card import FakeCard, HostRead, WrongType, build_generator, build_pipeline, can_fake_cuda
+from random_models import SHAPES
+
+BATCH = 3
+STEPS = 2
+DRAWN = 10  # more than the decoder takes at once
+WITHIN_ONE_PERCENT = {"rel": 0.01}
+PIXELS = 512 * 512 * 3
+
+
+@pytest.fixture(scope="module")
+def card():
+    return FakeCard("cuda" if can_fake_cuda() else "meta")
+
+
+@pytest.fixture(scope="module")
+def pipe(card, tmp_path_factory):
+    """A pipeline of float16 on the card."""
+    with card:
+        return build_pipeline(card, SHAPES["sd15"], tmp_path_factory.mktemp("sd15"), torch.float16)
+
+
+@pytest.fixture
+def generator(pipe, tmp_path):
+    yield build_generator(pipe, SHAPES["sd15"], tmp_path, num_inference_steps=1, batch_size=16)
+    pipe.vae.disable_slicing()
+
+
+@pytest.fixture
+def on_card(card, pipe):
+    """Count from zero on the card, which is active during the test."""
+    card.start()
+    with card:
+        yield card
+
+
+@pytest.fixture(scope="module")
+def cost(card, pipe):
+    """FLOPs of one UNet evaluation, of one decoding and of encoding one prompt, each called by itself."""
+    on = {"dtype": torch.float16, "device": card.device}
+    calls = {
+        "evaluation": lambda: pipe.unet(torch.empty(1, 4, 64, 64, **on), 0, torch.empty(1, 77, 768, **on)),
+        "decoding": lambda: pipe.vae.decode(torch.empty(1, 4, 64, 64, **on)),
+        "prompt": lambda: pipe.encode_prompt("", card.device, 1, False),
+    }
+    costs = {}
+    with card, torch.no_grad():
+        for name, call in calls.items():
+            card.start()
+            call()
+            costs[name] = sum(card.flops.values())
+    return costs
+
+
+@pytest.fixture(scope="module")
+def drawn(card, pipe, tmp_path_factory):
+    """What the card recorded while a generator drew ten pictures, and the pictures."""
+    folder = tmp_path_factory.mktemp("drawn")
+    with card:
+        generator = build_generator(pipe, SHAPES["sd15"], folder, num_inference_steps=STEPS, batch_size=DRAWN)
+        card.start()
+        images = generator.draw(items(generator, DRAWN))
+    return SimpleNamespace(
+        images=images, flops=card.flops, reads=card.reads, uploads=card.uploads, operators=card.operators
+    )
+
+
+def items(generator, count):
+    """The plan's, of one pair of classes."""
+    return [generator.plan.item(index, target=0, aug=1) for index in range(count)]
+
+
+def draw(pipe, card, **changes):
+    """Draw latents of a batch with encoded prompts."""
+    embeds = torch.zeros(BATCH, 77, 768, dtype=card.dtype, device=card.device)
+    arguments = {
+        "prompt_1_embeds": embeds,
+        "prompt_2_embeds": embeds,
+        "negative_prompt_embeds": embeds,
+        "mask": np.zeros((BATCH, 512, 512), np.uint8),
+        "num_inference_steps": STEPS,
+        "output_type": "latent",
+        **changes,
+    }
+    return pipe(**arguments).images
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch was built without CUDA")
+def test_the_fake_card_is_a_cuda_device():
+    """Elsewhere, and with PyTorch 2.6, the tests run on a "meta" device, whose operators are the same."""
+    assert can_fake_cuda() or torch.__version__.startswith("2.6")
+
+
+def test_a_picture_costs_three_evaluations_a_step_and_one_decoding(drawn, cost):
+    evaluations, decodings = DRAWN * 3 * STEPS * cost["evaluation"], DRAWN * cost["decoding"]
+    assert drawn.flops["loop"] == pytest.approx(evaluations, **WITHIN_ONE_PERCENT)
+    assert drawn.flops["decoder"] == pytest.approx(decodings, **WITHIN_ONE_PERCENT)
+    elsewhere = sum(drawn.flops.values()) - drawn.flops["text"] - drawn.flops["loop"] - drawn.flops["decoder"]
+    assert elsewhere < 0.01 * decodings
+
+
+@pytest.mark.slow
+def test_25_steps_of_a_batch_of_8_cost_62_teraflop_a_picture(pipe, on_card, cost, tmp_path):
+    generator = build_generator(pipe, SHAPES["sd15"], tmp_path)
+    generator.draw(items(generator, 8))
+    assert on_card.flops["loop"] == pytest.approx(8 * 3 * 25 * cost["evaluation"], **WITHIN_ONE_PERCENT)
+    assert (on_card.flops["loop"] + on_card.flops["decoder"]) / 8e12 == pytest.approx(62.8, **WITHIN_ONE_PERCENT)
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluations"),
+    [
+        ({"guidance_scale": 7.5}, 3 * 4),
+        ({"guidance_scale": 1.0}, 2 * 4),
+        ({"guidance_interval": (0.25, 0.75)}, 2 + 3 + 3 + 2),
+    ],
+)
+def test_the_empty_prompt_costs_only_where_it_guides(pipe, on_card, cost, options, evaluations):
+    draw(pipe, on_card, num_inference_steps=4, **options)
+    expected = BATCH * evaluations * cost["evaluation"]
+    assert sum(on_card.flops.values()) == pytest.approx(expected, **WITHIN_ONE_PERCENT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_operand_is_of_the_type_asked_for(tmp_path, card, dtype):
+    """float16 is what the other tests draw in."""
+    with FakeCard(card.device) as other:
+        pipe = build_pipeline(other, SHAPES["sd15"], tmp_path, dtype)
+        generator = build_generator(pipe, SHAPES["sd15"], tmp_path, num_inference_steps=STEPS)
+        assert len(generator.draw(items(generator, BATCH))) == BATCH
+
+
+def test_each_prompt_is_encoded_once_and_kept(generator, on_card, cost):
+    generator.draw(items(generator, BATCH))
+    assert on_card.flops["text"] == pytest.approx(3 * cost["prompt"], **WITHIN_ONE_PERCENT)  # target, aug, empty
+    generator.draw(items(generator, BATCH))
+    assert on_card.flops["text"] == pytest.approx(3 * cost["prompt"], **WITHIN_ONE_PERCENT)
+
+
+def test_noise_and_mask_are_made_on_the_cpu_and_moved_once_before_the_loop(drawn):
+    moved = [shape for _, dtype, shape in drawn.uploads if dtype.is_floating_point]
+    assert sorted(moved) == [(DRAWN, 1, 64, 64), (DRAWN, 4, 64, 64)]
+    assert {part for part, _, _ in drawn.uploads} <= {"text", "around"}
+    assert not {name for name in drawn.operators if "rand" in name or name in ("normal_", "uniform_", "bernoulli_")}
+
+
+def test_the_host_reads_8_bit_pictures_once_and_little_else(drawn):
+    """Besides the pixels, one flag a picture: whether it is finite."""
+    assert [image.size for image in drawn.images] == [(512, 512)] * DRAWN
+    pixels = [shape for _, dtype, shape in drawn.reads if dtype == torch.uint8]
+    assert [np.prod(shape) for shape in pixels] == [DRAWN * PIXELS]
+    flags = [np.prod(shape) for _, dtype, shape in drawn.reads if dtype != torch.uint8]
+    assert sum(flags) <= DRAWN
+
+
+def test_decoding_in_parts_takes_no_more_memory_for_more_pictures(generator, on_card):
+    decoding = []
+    for count in (8, 16):
+        on_card.start()
+        generator.draw(items(generator, count))
+        decoding.append(on_card.activations("decoder", "around"))
+    assert decoding[1] < 1.05 * decoding[0]
+
+
+def test_a_card_too_small_for_the_decoder_decodes_one_by_one(generator, on_card, monkeypatch):
+    generator.draw(items(generator, 4))
+    loop, decoder = on_card.activations("loop"), on_card.activations("decoder")
+    assert loop < decoder
+    monkeypatch.setattr(on_card, "capacity", on_card.live + (loop + decoder) / 2)
+    assert len(generator.draw(items(generator, 4))) == 4
+    assert generator.batch_size == 16
+
+
+def test_a_card_too_small_for_the_batch_draws_half_of_it(generator, on_card, monkeypatch, capsys):
+    generator.batch_size = 8
+    generator.draw(items(generator, 4))
+    monkeypatch.setattr(on_card, "capacity", on_card.live + 1.5 * on_card.activations("loop"))
+    assert len(generator.draw(items(generator, 8))) == 8
+    assert generator.batch_size == 4
+    assert "out of memory at batch size 8, going on with 4" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- the card finds what is wrong
+
+
+def test_a_read_within_the_loop_is_found(pipe, on_card):
+    with pytest.raises(HostRead, match="float16"):
+        draw(pipe, on_card, callback_on_step_end=lambda *given: given[3]["latents"].max().item() or {})
+
+
+def test_a_float32_mask_is_found(pipe, on_card):
+    options = {"callback_on_step_end_tensor_inputs": ["mask"]}
+    with pytest.raises(WrongType, match=r"float32 of \(3, 1, 64, 64\)"):
+        draw(
+            pipe,
+            on_card,
+            callback_on_step_end=lambda *given: {"mask": given[3]["mask"].float()},
+            **options,
+        )
+
+
+def test_an_operand_on_the_cpu_is_found(pipe, on_card):
+    options = {"callback_on_step_end_tensor_inputs": ["mask"]}
+    with pytest.raises(RuntimeError, match="device"):
+        draw(
+            pipe,
+            on_card,
+            callback_on_step_end=lambda *_: {"mask": torch.zeros(BATCH, 1, 64, 64, dtype=torch.float16)},
+            **options,
+        )
+
+
+def test_a_branch_that_is_run_twice_is_found(pipe, on_card, cost):
+    def run_again(pipe, step, timestep, tensors):
+        pipe.unet(tensors["latents"], timestep, tensors["prompt_embeds"][:BATCH])
+        return {}
+
+    options = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    draw(pipe, on_card, callback_on_step_end=run_again, **options)
+    assert on_card.flops["loop"] == pytest.approx(BATCH * 4 * STEPS * cost["evaluation"], **WITHIN_ONE_PERCENT)

@@ -1,0 +1,245 @@
+"""The generator from Python: what it takes, what it refuses in one line, and what it does when memory is short."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASS_NAMES, ROOT, offline_environment
+
+from noisecutmix import NoiseCutMixGenerator
+from noisecutmix.classes import Classes, load_classes
+from noisecutmix.errors import InputError, RunError, is_out_of_memory
+from noisecutmix.generator import create_generator
+from noisecutmix.pipeline import NonFiniteImageError
+from noisecutmix.plan import Plan
+
+
+def make(**changes):
+    return NoiseCutMixGenerator(**{"device": "cpu", "data_name": "digits", "num_inference_steps": 1, **changes})
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return make()
+
+
+def refusal(error, call, *arguments, **named):
+    with pytest.raises(error) as caught:
+        call(*arguments, **named)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [True],
+        [np.True_],
+        [torch.tensor(True)],
+        np.array([True]),
+        torch.tensor([False]),
+        [3.0],
+        [3.7],
+        np.array([3.0]),
+        torch.tensor([3.0]),
+        torch.tensor(3),
+        3,
+        "3",
+        [None],
+        ["three"],
+        [[3]],
+        np.array([[3]]),
+        torch.tensor([[3]]),
+        [-1],
+        [10],
+        np.array([10]),
+    ],
+    ids=repr,
+)
+def test_labels_that_are_no_whole_numbers_in_range_are_refused(generator, labels):
+    assert refusal(ValueError, generator, labels).startswith("`target_labels`: ")
+    assert refusal(ValueError, generator, [1], aug_labels=labels).startswith("`aug_labels`: ")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[3, 5], (3, 5), range(3, 6, 2), np.array([3, 5]), np.array([3, 5], np.uint8), torch.tensor([3, 5])],
+    ids=repr,
+)
+def test_labels_may_be_lists_arrays_or_tensors(generator, labels):
+    soft = generator(labels, aug_labels=[0, 0])[1]
+    assert [int(label[1:].argmax()) + 1 for label in soft] == [3, 5]
+    assert all(label.sum() == pytest.approx(1) for label in soft)
+    elements = generator(list(labels), aug_labels=list(labels)[::-1])[1]
+    assert {int(i) for label in elements for i in np.flatnonzero(label)} <= {3, 5}
+
+
+def test_no_labels_give_no_pictures(generator):
+    assert generator([], return_mask=True) == ([], [], [])
+
+
+WRONG = {
+    "device": ("foo", 3),
+    "dtype": ("float8", torch.int8),
+    "data_name": (3, None, ["digits"]),
+    "ckpt_path": (3, True),
+    "model": (3, ["digits"]),
+    "meta_class": (3,),
+    "prompt": (3, None),
+    "class_names": ("one two", [1, 2], ["one", "one"]),
+    "alpha": ("1", True, None),
+    "num_inference_steps": (2.0, True, "2", 0, -1, 1000, 10**30),
+    "batch_size": (2.5, True, "2", 0),
+    "seed": (1.0, True, "0"),
+    "resolution": (32.0, True, "32", 33, 0, -32),
+    "plan": (Plan(0, 3, 1.0, 32),),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_arguments_that_are_wrong_are_named(name, value):
+    """In the words of Python: the parameter's name, and no flag."""
+    message = refusal(ValueError, make, **{name: value})
+    assert f"`{name}`" in message or (name == "resolution" and "resolution" in message)
+    assert "--" not in message
+
+
+@pytest.mark.parametrize("resolution", [33, 0, 32.0, "32", True])
+def test_a_resolution_of_a_call_is_named(generator, resolution):
+    assert refusal(InputError, generator, [1], resolution=resolution).startswith(
+        f"`resolution`: has to be a multiple of 2, not {resolution!r}"
+    )
+
+
+def test_numbers_of_numpy_are_numbers():
+    generator = make(seed=np.int64(3), batch_size=np.int32(2), alpha=np.float32(1), resolution=np.int64(32))
+    assert generator([1])[0][0].size == (32, 32)
+
+
+def test_a_prompt_that_is_cut_after_the_class_is_refused(capsys):
+    message = refusal(InputError, make, prompt="{name} and then a very, very long tail")
+    assert message.startswith("`prompt`: {name} or the text after it lies beyond the 24 tokens")
+    assert capsys.readouterr().err == ""
+
+
+def test_classes_and_plan_that_are_there_are_used(tiny_model, tiny_checkpoint, tmp_path):
+    """No file is read for them, and the plan stands in place of seed, alpha and resolution."""
+    classes = Classes(tuple(CLASS_NAMES), "bird", str(tiny_model), tiny_checkpoint, 512)
+    plan = Plan(7, 3, 0.5, 16)
+    generator = make(data_name=classes, plan=plan)
+    assert (generator.class_names, generator.meta_class, generator.plan) == (CLASS_NAMES, "bird", plan)
+    again = make(data_name=classes, seed=7, alpha=0.5, resolution=16)
+    pictures = [made.draw([plan.item(0)])[0] for made in (generator, again)]
+    assert np.array_equal(*pictures) and pictures[0].size == (16, 16)
+
+
+def test_items_of_one_size_are_drawn_at_that_size_and_of_several_refused(generator):
+    small, large = Plan(0, 10, 1.0, 16).item(0), Plan(0, 10, 1.0, 48).item(1)
+    assert [generator.draw([item])[0].size for item in (small, large)] == [(16, 16), (48, 48)]
+    assert "`items`: have to be of one resolution" in refusal(ValueError, generator.draw, [small, large])
+
+
+def options(**changes):
+    classes = load_classes("digits")
+    return argparse.Namespace(
+        **{
+            "classes": classes,
+            "ckpt_path": classes.ckpt_path,
+            "model": classes.model,
+            "guidance_scale": 7.5,
+            "guidance_interval": [0.0, 1.0],
+            "num_inference_steps": 1,
+            "dtype": None,
+            "prompt": "a photo of a {name} {meta_class}",
+            "batch_size": 4,
+            "compile": False,
+            **changes,
+        }
+    )
+
+
+def test_options_of_a_script_make_the_generator_that_python_makes():
+    plan = Plan(3, 10, 1.0, 32)
+    made = create_generator(options(), "cpu", plan)
+    by_hand = make(seed=3, batch_size=4)
+    assert made.batch_size == 4 and made.plan == plan
+    assert np.array_equal(made.draw([plan.item(5)])[0], by_hand.draw([plan.item(5)])[0])
+    assert create_generator(options(dtype="bfloat16"), "cpu", plan).pipe.unet.dtype == torch.bfloat16
+
+
+def test_too_little_memory_for_the_model_is_said_in_one_line(monkeypatch):
+    def never(*arguments, **named):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: not enough memory: you tried")
+
+    monkeypatch.setattr("noisecutmix.generator.load_pipeline", never)
+    message = refusal(RunError, create_generator, options(), "cpu", Plan(3, 10, 1.0, 32))
+    assert message.startswith("out of memory on cpu while loading the model")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+        "[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8",
+        "MPS backend out of memory (MPS allocated: 1.00 GB)",
+    ],
+)
+def test_the_batch_is_halved_on_every_system(monkeypatch, capsys, message):
+    generator = make(batch_size=4)
+    draw_batch = generator._draw_batch
+
+    def short_of_memory(items):
+        if len(items) > 2:
+            raise RuntimeError(message)
+        return draw_batch(items)
+
+    monkeypatch.setattr(generator, "_draw_batch", short_of_memory)
+    assert len(generator.draw([generator.plan.item(i) for i in range(4)])) == 4
+    assert generator.batch_size == 2
+    assert "out of memory at batch size 4, going on with 2" in capsys.readouterr().err
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_messages_in_mid_run_name_parameters(monkeypatch):
+    generator = make()
+    item = generator.plan.item(1)
+
+    def fail_with(error):
+        def never(*arguments, **named):
+            raise error
+
+        monkeypatch.setattr(generator, "pipe", never)
+        monkeypatch.setattr(generator, "_encode", lambda prompts: None)
+        return refusal(RunError, generator.draw, [item])
+
+    message = fail_with(RuntimeError("CUDA out of memory."))
+    assert "`resolution`" in message and "`dtype=float16`" in message and "--" not in message
+    message = fail_with(NonFiniteImageError([0]))
+    assert message.startswith("item 1: the picture is not finite")
+    assert "use `dtype=bfloat16`" in message and "--" not in message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="PATH is how a compiler is taken away here")
+def test_compile_without_a_compiler_says_what_to_install(tmp_path):
+    code = """
+from noisecutmix import NoiseCutMixGenerator
+generator = NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=1)
+try:
+    generator.compile()
+except RuntimeError as error:
+    print(error)
+"""
+    environment = offline_environment(
+        PYTHONPATH=str(ROOT), PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
+    )
+    environment.pop("CXX", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.stdout == (
+        "`compile`: PyTorch finds no C++ compiler; install g++ (on Windows the Visual Studio Build Tools); "
+        "or leave `compile` out\n"
+    ), done.stderr

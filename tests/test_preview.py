@@ -1,0 +1,93 @@
+"""preview.png: captions that can be read, whatever the class names."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+from PIL._util import DeferredError
+
+from noisecutmix import preview
+from noisecutmix.plan import Item
+from noisecutmix.preview import CAPTION_HEIGHT, MARGIN, SIDE, draw_preview
+
+
+def draw(names, label=0, copies=1):
+    """Return the preview of pictures of one class pair: class `label` inside the box."""
+    item = Item(0, label, 1 - label if label < 2 else 0, (8, 8, 24, 24), 0.25, 0, 32)
+    return np.asarray(draw_preview([Image.new("RGB", (32, 32))] * copies, [item] * copies, names))
+
+
+def caption(name, label=0):
+    """Return the pixels of the caption of a class."""
+    names = ["other"] * 20
+    names[label] = name
+    return draw(names, label)[MARGIN + SIDE : MARGIN + SIDE + CAPTION_HEIGHT // 2].tolist()
+
+
+@pytest.fixture
+def a_font_with_letters():
+    """Skip where no font is installed. A Linux server may have none; matplotlib brings one."""
+    try:
+        ImageFont.truetype("arial.ttf" if sys.platform == "win32" else "DejaVuSans.ttf")
+    except OSError:
+        pytest.importorskip("matplotlib")
+
+
+@pytest.mark.parametrize(
+    "name", ["Vögelchen", "Žluťoučký", "Зимородок", "Αλκυόνα", "café", "Łabędź", "Ærø", "İbibik", "½ €"]
+)
+def test_each_letter_shows(a_font_with_letters, name):
+    """A letter drawn as the box of a missing glyph looks like any other such letter."""
+    shown = caption(name)
+    assert shown != caption("class 0")
+    for position, letter in enumerate(name):
+        if not letter.isascii():
+            other = "ж" if letter != "ж" else "λ"
+            assert caption(name[:position] + other + name[position + 1 :]) != shown
+
+
+def test_the_same_letters_look_the_same_however_composed(a_font_with_letters):
+    assert caption("Vo\u0308gelchen") == caption("V\u00f6gelchen")
+
+
+@pytest.mark.parametrize("name", ["नीलकंठ", "עורב", "بلبل", "x\u0301y", "\ue000", "a\u200fb", "a\x07b"])
+def test_a_name_that_cannot_be_shown_is_its_label(name):
+    assert caption(name, label=17) == caption("class 17", label=17)
+
+
+@pytest.mark.parametrize("name", ["翠鸟", "Vögelchen"])
+def test_a_machine_without_fonts_shows_labels(monkeypatch, name):
+    monkeypatch.setattr(preview, "SYSTEM_FONTS", ("nonesuch.ttf",))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert caption(name, label=17) == caption("class 17", label=17)
+    assert caption("Cardinal") != caption("class 0")
+
+
+@pytest.mark.parametrize("name", ["a name of many words " * 3, "x" * 500, "Ü" * 80, "a\nb\tc", "W" * 29])
+def test_captions_keep_to_their_pictures(name):
+    """Between the pictures of a row and of a column all stays white."""
+    pixels = draw([name, name], copies=8)
+    for column in range(5):
+        left = column * (SIDE + MARGIN)
+        assert (pixels[:, left : left + MARGIN] == 255).all()
+    for row in range(3):
+        top = row * (SIDE + CAPTION_HEIGHT + MARGIN)
+        assert (pixels[top : top + MARGIN] == 255).all()
+
+
+def test_a_long_name_shows_that_it_goes_on():
+    fits = "W" * 10
+    assert caption("W" * 200) == caption("W" * 300) != caption(fits)
+
+
+def test_a_pillow_without_freetype_still_draws(monkeypatch):
+    preview._load_font.cache_clear()
+    monkeypatch.setattr(ImageFont, "core", DeferredError(ImportError("The _imagingft C module is not installed")))
+    assert caption("Vögelchen", label=17) == caption("class 17", label=17)
+    assert caption("Cardinal") != caption("class 0")
+    captions = draw(["a name of many words " * 5] * 2, copies=4)
+    assert (captions[:, SIDE + MARGIN : SIDE + 2 * MARGIN] == 255).all()
+    monkeypatch.undo()
+    preview._load_font.cache_clear()

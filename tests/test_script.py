@@ -1,0 +1,153 @@
+"""How the scripts end: signals wherever they strike, output that nobody reads, letters that a terminal lacks."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import CLASS_NAMES, LONGEST_WAIT, ROOT, command, offline_environment, wait_for_images
+
+ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals and pipes")
+
+# runs a script in which a library catches the exception that a signal raises, while the model is loaded
+STRUCK_WHILE_LOADING = """
+import runpy, signal, sys
+import transformers
+load, number, wraps = transformers.CLIPTextModel.from_pretrained, int(sys.argv[1]), sys.argv[2] == "wraps"
+
+def load_and_be_struck(*arguments, **named):
+    try:
+        signal.raise_signal(number)
+    except KeyboardInterrupt as error:
+        if wraps:
+            raise RuntimeError("the weights cannot be read") from error
+    return load(*arguments, **named)
+
+transformers.CLIPTextModel.from_pretrained = load_and_be_struck
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_python(code, *arguments, folder, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=folder,
+        env=offline_environment(PYTHONPATH=str(ROOT), **environment),
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_WAIT,
+    )
+
+
+@pytest.mark.parametrize("way", ["wraps", "swallows"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("script", "last_line"),
+    [
+        ("augmentation.py", "stopped: 0 of 10 items are done; the same command goes on"),
+        ("generation.py", "stopped; run the same command again"),
+    ],
+)
+def test_a_signal_that_a_library_catches_while_loading(
+    tmp_path, tiny_arguments, way, number, status, script, last_line
+):
+    arguments = [int(number), way, ROOT / script, *tiny_arguments, "--output_dir=out"]
+    done = run_python(STRUCK_WHILE_LOADING, *arguments, folder=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.replace("\r", "\n").splitlines()[-1] == last_line
+    assert "Traceback" not in done.stderr and "--model" not in done.stderr
+
+
+@ON_POSIX
+def test_a_second_ctrl_c_changes_nothing(start, tmp_path, tiny_arguments):
+    process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
+    wait_for_images(tmp_path / "out", 8, process)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    _, errors = process.communicate(timeout=LONGEST_WAIT)
+    assert process.returncode == 130, errors
+    assert errors.count("stopped") == 1 and "the same command goes on" in errors
+    assert "Traceback" not in errors and "Exception ignored" not in errors
+
+
+@ON_POSIX
+@pytest.mark.parametrize("streams", ["2>&1 |", "2>/dev/null |"])
+def test_a_reader_that_goes_away_is_no_failure(tmp_path, tiny_arguments, streams):
+    arguments = " ".join(f"'{word}'" for word in command("augmentation.py", *tiny_arguments, "--output_dir=out"))
+    shell = f"set -o pipefail; {{ {arguments}; echo $? > status; }} {streams} true"
+    subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=offline_environment(), timeout=LONGEST_WAIT, check=False)
+    assert (tmp_path / "status").read_text() == "0\n"
+    assert (tmp_path / "out" / "soft_label.npy").is_file()
+
+
+@ON_POSIX
+def test_ctrl_c_keeps_its_status_when_the_reader_dies_of_it_too(start, tmp_path, tiny_arguments):
+    process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
+    wait_for_images(tmp_path / "out", 8, process)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=LONGEST_WAIT) == 130
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_letters_that_the_terminal_lacks(run_script, tmp_path, tiny_arguments, encoding):
+    """--help, an error and the closing line of a finished run show something in their place."""
+    environment = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = run_script("generation.py", "--help", environment=environment)
+    assert done.returncode == 0 and "--output_dir" in done.stdout
+    done = run_script(
+        "generation.py", "--data_name=digits", "--target_class=Žluťoučký", "--device=cpu", environment=environment
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+    done = run_script(
+        "generation.py", *tiny_arguments, "--num_gen=1", "--output_dir=Žluťoučký", environment=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("wrote 1 pictures")
+    assert (tmp_path / "Žluťoučký" / "gen_0000.png").is_file()
+
+
+@pytest.mark.slow
+@ON_POSIX
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_at_many_moments_of_a_start(start, tmp_path, tiny_arguments, number, status):
+    """From the first line of a script to its first picture."""
+    whole_start = time.monotonic()
+    process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
+    wait_for_images(tmp_path / "out", 1, process)
+    whole_start = time.monotonic() - whole_start
+    process.kill()
+    process.communicate()
+    for moment in range(8):
+        process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", f"--output_dir=out{moment}"))
+        time.sleep(0.3 + moment / 8 * whole_start)  # Python itself needs a moment before the script begins
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=LONGEST_WAIT)
+        assert process.returncode == status, errors
+        assert re.search("stopped(: .* items are done; the same command goes on|; run the same command again)", errors)
+        assert "Traceback" not in errors
+
+
+def test_class_names_in_every_script_are_written_and_drawn(run_script, tmp_path, tiny_model, tmp_path_factory):
+    from conftest import in_old_keys, random_lora, write_checkpoint
+    from diffusers import UNet2DConditionModel
+
+    names = ["Vögelchen", "Žluťoučký kůň", "птица"]
+    unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+    write_checkpoint(tmp_path / "checkpoint", in_old_keys(random_lora(unet)), class_names=names)
+    (tmp_path / "data.json").write_text(json.dumps({"classes": names, "meta_class": "zvíře"}), encoding="utf-8")
+    done = run_script(
+        "augmentation.py", "--data_name=data.json", f"--model={tiny_model}", "--ckpt_path=checkpoint",
+        "--resolution=16", "--num_inference_steps=2", "--device=cpu", "--num_aug=4", "--output_dir=out",
+        environment={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "out" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["target_name"] for line in lines} <= set(names) and len(CLASS_NAMES) == 3
