@@ -112,6 +112,7 @@ class Launch:
             if error is None:
                 self.wait_for_others()
             elif not self._stop_reason:
+                self._left.set()  # the thread that watches is not to take this process's own word for another's
                 self._ask("set", "stopped", f"process {self.rank} of this launch stopped: {first_line(error)}")
                 time.sleep(2 * HEARTBEAT if self.is_main else 0)  # until the others have read it
         except RuntimeError:
@@ -120,6 +121,8 @@ class Launch:
         finally:
             self._left.set()
         if self._stop_reason and error is not None:
+            # a launcher stops all processes once one has ended: let the one that failed say why before
+            time.sleep(0 if self.is_main else 3 * HEARTBEAT)
             raise PeerStoppedError(self._stop_reason) from error
 
     def broadcast(self, value: Any) -> Any:
