@@ -305,7 +305,9 @@ def measure_throughput(setup: Setup, repeats: int) -> tuple[list[Row], dict[str,
     for way in ways:  # the first run warms up and shows what is drawn
         with planned_folder(setup, setup.num_images) as (items, folder):
             way.run(items, folder)
-            pictures.append(np.stack([np.asarray(Image.open(folder.items.path("image", item.index))) for item in items]))
+            pictures.append(
+                np.stack([np.asarray(Image.open(folder.items.path("image", item.index))) for item in items])
+            )
 
     names = ["pictures a second", "wall time outside UNet and VAE (%)", "time per UNet evaluation (ms)"]
     values: dict[str, list[list[float]]] = {name: [[], []] for name in names}
