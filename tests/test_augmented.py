@@ -7,6 +7,7 @@ import os
 import pickle
 import shlex
 import shutil
+import tempfile
 import time
 import tracemalloc
 
@@ -40,7 +41,7 @@ class Constant(Dataset):
 
 
 def numbers(first, size):
-    """Pictures that are their own number, of class 0; of torch's class, since spawned workers import no tests for it."""
+    """Pictures that are their own number, of class 0; in torch's class, so that spawned workers import no tests."""
     return TensorDataset(torch.arange(first, first + size), torch.zeros(size, dtype=torch.int64))
 
 
@@ -202,14 +203,14 @@ def without_root_rights():
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
 @pytest.mark.parametrize("name", ["run.json", "metadata.jsonl", "soft_label.npy", "image"])
-def test_a_file_that_may_not_be_read_is_named(folder, tmp_path, name):
-    root = shutil.copytree(folder, tmp_path / "out")
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)  # pytest's folders are the user's alone
-    (root / name).chmod(0)
-    with without_root_rights(), pytest.raises(InputError, match=rf"{name} cannot be read: Permission denied$"):
-        AugmentedDataset(root)
-    (root / name).chmod(0o755)
+def test_a_file_that_may_not_be_read_is_named(folder, name):
+    with tempfile.TemporaryDirectory() as others_may_enter:  # unlike pytest's folders
+        os.chmod(others_may_enter, 0o755)
+        root = shutil.copytree(folder, f"{others_may_enter}/out")
+        os.chmod(f"{root}/{name}", 0)
+        with without_root_rights(), pytest.raises(InputError, match=rf"{name} cannot be read: Permission denied$"):
+            AugmentedDataset(root)
+        os.chmod(f"{root}/{name}", 0o755)
 
 
 def test_rows_of_other_pictures_are_refused(folder, tmp_path):
