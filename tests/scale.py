@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from noisecutmix import AugmentedDataset
 from noisecutmix.folder import OutputFolder
 from noisecutmix.items import PARTS
 from noisecutmix.plan import Plan
@@ -28,21 +29,15 @@ CLASS_NAMES = [f"class {label}" for label in range(10)]
 OPEN_DATA_SET = """
 import re, sys, time
 from pathlib import Path
-import torch
-from torch.utils.data import DataLoader
 from noisecutmix import AugmentedDataset
 
-def memory():  # private memory in MB, of this process and of all its workers
-    processes = [Path("/proc/self")] + [
-        Path("/proc") / child for child in Path(f"/proc/self/task/{Path('/proc/self').resolve().name}/children").read_text().split()
-    ]
-    texts = [(process / "smaps_rollup").read_text() for process in processes]
-    return sum(int(kB) for text in texts for kB in re.findall(r"Private_(?:Clean|Dirty): +([0-9]+) kB", text)) / 1024
+def memory():  # private memory of this process, in MB
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"Private_(?:Clean|Dirty): +([0-9]+) kB", text))) / 1024
 
-if __name__ == "__main__":
-    before, start = memory(), time.perf_counter()
-    data_set = AugmentedDataset(sys.argv[1], transform=lambda picture: 0) if sys.argv[2] != "spawn" else AugmentedDataset(sys.argv[1], transform=abs)
-    print(time.perf_counter() - start, memory() - before)
+before, start = memory(), time.perf_counter()
+data_set = AugmentedDataset(sys.argv[1])
+print(time.perf_counter() - start, memory() - before)
 """
 
 
@@ -94,24 +89,21 @@ def measure_size(root: Path, size: int) -> tuple[int, dict[str, float]]:
     costs["finish"] = timed(folder.finish)
     costs["compare"] = timed(folder.has_planned_labels)
     costs["open"], _ = open_data_set(root)
-    costs["load"] = timed(lambda: load_some(root)) * size / 1000
+    costs["load"] = load_some(root) * size / 1000
     return size, {name: 1e6 * seconds / size for name, seconds in costs.items()}
 
 
-def load_some(root: Path) -> None:
-    """Read a thousand items in random order."""
-    from noisecutmix import AugmentedDataset
-
-    data_set = AugmentedDataset.__new__(AugmentedDataset)
-    data_set.__init__(root)  # type: ignore[misc]
-    for index in np.random.default_rng(0).integers(len(data_set), size=1000).tolist():
-        data_set[index]
+def load_some(root: Path) -> float:
+    """Return the seconds for a thousand items in random order."""
+    data_set = AugmentedDataset(root)
+    indices = np.random.default_rng(0).integers(len(data_set), size=1000).tolist()
+    return timed(lambda: [data_set[index] for index in indices])
 
 
 def open_data_set(root: Path) -> tuple[float, float]:
     """Return (seconds, MB of private memory) that a process of its own needs to open a data set."""
     output = subprocess.run(
-        [sys.executable, "-c", OPEN_DATA_SET, str(root), "fork"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", OPEN_DATA_SET, str(root)], capture_output=True, text=True, check=True
     ).stdout
     seconds, megabytes = map(float, output.split())
     return seconds, megabytes
