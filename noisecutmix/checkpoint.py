@@ -48,8 +48,7 @@ def load_pipeline(
         dtype: float16, bfloat16 or float32, as a torch.dtype or its name; None is float16 on cuda, else float32.
 
     Returns:
-        The pipeline. `name2placeholder` maps the checkpoint's class names to their tokens, `placeholder2name` back; in
-        the names, '/' and '_' are spaces.
+        The pipeline. `name2placeholder` maps class names ('/' and '_' are spaces) to tokens, `placeholder2name` back.
 
     Raises:
         InputError: the device is not there, the model or the checkpoint cannot be read, or they do not fit each other.
@@ -225,9 +224,7 @@ def _fuse_lora(unet: Any, tensors: Tensors, settings: dict[str, Any] | None, fil
     lost = sorted((alphas.keys() - ranks.keys()) | (lora.keys() - placed.keys()))
     if lost:
         raise _refusal(file, f": nothing in the UNet takes {lost[0]}; a LoRA of another base model?")
-    if not len(tensors) - len(alphas) == len(lora) == len(placed) or not all(
-        torch.equal(tensor, lora[place]) for place, tensor in placed.items()
-    ):
+    if not len(tensors) - len(alphas) == len(lora) == len(placed):
         raise _refusal(file, f": its {len(tensors)} LoRA tensors do not fill the {len(placed)} places in the UNet")
     unet.fuse_lora()
     unet.unload_lora()

@@ -195,10 +195,7 @@ class NoiseCutMixGenerator:
         return images
 
     def compile(self) -> None:
-        """Compile UNet and VAE decoder by drawing a batch; later ones are padded, so that none compiles again.
-
-        Raises RunError where PyTorch cannot compile.
-        """
+        """Compile UNet and VAE decoder by drawing a batch (later ones are padded to its size), or raise a RunError."""
         self.pipe.unet.compile(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
         self.pipe.vae.decoder.compile(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
         self._pads_batches = True

@@ -13,6 +13,10 @@ and what a GPU's costs are bound to be, computed without one:
 
     uv run python tests/benchmark.py --arch sd15 --device cuda --dry_run
 
+and what a data set costs by its size:
+
+    uv run python tests/benchmark.py --scale
+
 The plain way: a resize per token, LoRA adapters left unfused, contiguous memory, prompts encoded again each batch,
 float pictures on the CPU, PNG at level 6 between the batches; never compiled. Both ways draw the same items.
 """
@@ -46,6 +50,7 @@ from dry_run import compute_drawing, describe
 from PIL import Image
 from random_models import SHAPES, build
 from safetensors.torch import load_file
+from scale import measure_scale
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix import NoiseCutMixGenerator, NoiseCutMixPipeline, load_pipeline
@@ -305,7 +310,9 @@ def measure_throughput(setup: Setup, repeats: int) -> tuple[list[Row], dict[str,
     for way in ways:  # the first run warms up and shows what is drawn
         with planned_folder(setup, setup.num_images) as (items, folder):
             way.run(items, folder)
-            pictures.append(np.stack([np.asarray(Image.open(folder.items.path("image", item.index))) for item in items]))
+            pictures.append(
+                np.stack([np.asarray(Image.open(folder.items.path("image", item.index))) for item in items])
+            )
 
     names = ["pictures a second", "wall time outside UNet and VAE (%)", "time per UNet evaluation (ms)"]
     values: dict[str, list[list[float]]] = {name: [[], []] for name in names}
@@ -449,6 +456,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="default: 5; fewer only to try")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure, default: all")
     parser.add_argument("--dry_run", action="store_true", help="compute a GPU's costs without one; measures nothing")
+    parser.add_argument("--scale", action="store_true", help="what a data set costs by its size, up to a million items")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there too")
     options = parser.parse_args()
     if options.dry_run:
@@ -506,6 +514,8 @@ def main() -> None:
     silence_libraries()
     if options.dry_run:
         return dry_run(options)
+    if options.scale:
+        return print(measure_scale())
     rows: list[Row] = []
     writer_rows: list[Row] = []
     measured: list[Row]

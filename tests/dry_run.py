@@ -115,7 +115,7 @@ def describe(usages: list[Usage], dtype: torch.dtype) -> str:
             ),
         ),
         "",
-        f"--batch_size by card: {FIXED_RESERVE / GIGABYTE:.0f} GB is left for the CUDA context and the libraries, and "
+        f"Largest batch by card: {FIXED_RESERVE / GIGABYTE:.0f} GB is left for the CUDA context and the libraries, and "
         f"{ACTIVATIONS_RESERVE:.0%} of the live tensors",
         "(the larger of loop and decoder) for copies and workspaces inside the kernels and what the allocator cannot "
         "use:",
@@ -140,7 +140,7 @@ def largest_batch(usages: list[Usage], card: int) -> str:
     fitting = [usage for usage in usages if usage.fits(card, decodes_one_by_one=True)]
     if not fitting:
         return "none"
-    return f"{fitting[-1].batch_size}{'' if fitting[-1].fits(card, decodes_one_by_one=False) else ' *'}"
+    return f"{fitting[-1].batch_size}{'' if fitting[-1].fits(card, decodes_one_by_one=False) else '*'}"
 
 
 def align(*rows: list[str]) -> list[str]:

@@ -1,14 +1,22 @@
 """The loader: rows by index, soft labels throughout, and draws that the seed decides."""
 
+import contextlib
+import copy
+import json
+import os
 import pickle
+import shlex
 import shutil
+import tempfile
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from conftest import as_command_line
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from noisecutmix import AugmentedDataset, MixedDataset
 from noisecutmix.errors import InputError
@@ -30,6 +38,19 @@ class Constant(Dataset):
     def __getitem__(self, index):
         label = torch.tensor([0.25, 0.75, 0.0]) if self.soft else index % 3
         return torch.full((3, 16, 16), self.level), label
+
+
+def numbers(first, size):
+    """Pictures that are their own number, of class 0; in torch's class, so that spawned workers import no tests."""
+    return TensorDataset(torch.arange(first, first + size), torch.zeros(size, dtype=torch.int64))
+
+
+start_methods = pytest.mark.parametrize("method", ["fork", "spawn"])
+
+
+def skip_without(method):
+    if method not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +82,26 @@ def test_labels_stay_on_disk_and_pickles_stay_small(folder):
     assert torch.equal(again[3][1], augmented[3][1])
 
 
+def test_file_names_are_a_sequence(folder):
+    names = AugmentedDataset(folder).file_names
+    assert (
+        len(names) == 12 and names[-1] == "image/gen_0011.png" and names[2:4] == [f"image/gen_000{i}.png" for i in "23"]
+    )
+
+
+def test_an_index_is_one_whole_number(folder):
+    augmented = AugmentedDataset(folder)
+    assert torch.equal(augmented[-1][1], augmented[np.int64(11)][1])
+    assert len(list(augmented)) == 12
+    mixed = MixedDataset(numbers(0, 4), augmented, 0.0, 3)
+    for data_set in (augmented, mixed):
+        for wrong in (slice(0, 2), True, 1.0, [0, 1], "0"):
+            with pytest.raises(TypeError, match=r"`index` has to be a whole number .* torch\.utils\.data\.Subset"):
+                data_set[wrong]
+        with pytest.raises(IndexError, match="-13"):
+            data_set[-13]
+
+
 def test_an_unfinished_folder_tells_how_far_it_is(folder, tmp_path, tiny_arguments):
     root = shutil.copytree(folder, tmp_path / "out")
     (root / "soft_label.npy").unlink()
@@ -87,6 +128,155 @@ def test_a_folder_that_does_not_agree_is_refused(folder, tmp_path):
         AugmentedDataset(root)
     with pytest.raises(InputError, match=r"no data set of ours"):
         AugmentedDataset(tmp_path / "nowhere")
+
+
+def test_a_copy_is_mended_by_the_command_that_is_advised(tiny_arguments, folder, tmp_path):
+    """A copy's run.json holds the original's command, with the original's folder."""
+    root = shutil.copytree(folder, tmp_path / "a copy")
+    (root / "image" / "gen_0004.png").unlink()
+    untouched = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    with pytest.raises(InputError) as refusal:
+        AugmentedDataset(root)
+    words = shlex.split(str(refusal.value).partition("mend with: ")[2])
+    assert words[:2] == ["python", "augmentation.py"] and words.count(f"--output_dir={root}") == 1
+    assert "--output_dir=out" not in words
+    with as_command_line(*words[1:], folder=tmp_path) as main:
+        main()
+    assert len(AugmentedDataset(root)) == 12
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == untouched
+
+
+@pytest.mark.parametrize("flag", [["--output_dir", "elsewhere"], ["--output_dir=elsewhere"]])
+def test_the_advised_command_names_the_folder_once(folder, tmp_path, flag):
+    root = shutil.copytree(folder, tmp_path / "out")
+    (root / "soft_label.npy").unlink()
+    command = ["python", "augmentation.py", *flag, "--num_aug=12"]
+    (root / "run.json").write_text(json.dumps({"num_aug": 12, "runs": [{"command": command}]}))
+    with pytest.raises(InputError, match=rf"python augmentation.py --num_aug=12 --output_dir={root}$"):
+        AugmentedDataset(root)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"num_aug": 12, "runs": []}',
+        '{"num_aug": 12, "runs": {}}',
+        '{"num_aug": 12, "runs": "none"}',
+        '{"num_aug": 12, "runs": [{}]}',
+        '{"num_aug": 12, "runs": [{"command": "python augmentation.py"}]}',
+        '{"num_aug": 12, "runs": [{"command": []}]}',
+        '{"num_aug": 12, "runs": [{"command": ["python", 3]}]}',
+        '{"num_aug": Infinity, "runs": [{"command": ["python"]}]}',
+        '{"num_aug": true, "runs": [{"command": ["python"]}]}',
+        '{"runs": [{"command": ["python"]}]}',
+        "[]",
+        "null",
+        "{",
+        "",
+        "\x00" * 100,
+        "[" * 100_000,
+    ],
+    ids=range(16),
+)
+def test_a_run_json_that_was_edited_is_refused_in_one_line(folder, tmp_path, content):
+    root = shutil.copytree(folder, tmp_path / "out")
+    (root / "run.json").write_text(content)
+    for complete in (True, False):
+        with pytest.raises(InputError, match=r"^[^\n]*: run.json is not as augmentation.py writes it$"):
+            AugmentedDataset(root)
+        if complete:
+            (root / "soft_label.npy").unlink()
+
+
+@contextlib.contextmanager
+def without_root_rights():
+    """Root may read every file: be another user meanwhile."""
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("name", ["run.json", "metadata.jsonl", "soft_label.npy", "image"])
+def test_a_file_that_may_not_be_read_is_named(folder, name):
+    with tempfile.TemporaryDirectory() as others_may_enter:  # unlike pytest's folders
+        os.chmod(others_may_enter, 0o755)
+        root = shutil.copytree(folder, f"{others_may_enter}/out")
+        os.chmod(f"{root}/{name}", 0)
+        with without_root_rights(), pytest.raises(InputError, match=rf"{name} cannot be read: Permission denied$"):
+            AugmentedDataset(root)
+        os.chmod(f"{root}/{name}", 0o755)
+
+
+def test_rows_of_other_pictures_are_refused(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "out")
+    lines = (root / "metadata.jsonl").read_text().splitlines(keepends=True)
+    spaced = [json.dumps({"text": "a bird", **json.loads(line)}, indent=None) + "\n" for line in lines]
+    (root / "metadata.jsonl").write_text("".join(spaced))
+    assert len(AugmentedDataset(root)) == 12  # a column more is no fault
+    cut_off = [[*lines[:5], lines[5][:40] + "\n", *lines[6:]], [*lines[:-1], lines[-1][:40]]]
+    for wrong in (lines[::-1], lines[1:] + lines[:1], lines[:3] + lines[4:], [], *cut_off):
+        (root / "metadata.jsonl").write_text("".join(wrong))
+        with pytest.raises(InputError, match=r"metadata.jsonl is damaged; mend with"):
+            AugmentedDataset(root)
+
+
+def test_labels_of_another_type_are_refused(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "out")
+    np.save(root / "soft_label.npy", np.load(root / "soft_label.npy").astype(np.float64))
+    with pytest.raises(InputError, match=r"soft_label.npy is damaged; mend with"):
+        AugmentedDataset(root)
+
+
+def test_a_folder_in_a_pictures_place_is_a_missing_picture(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "out")
+    (root / "image" / "gen_0007.png").unlink()
+    (root / "image" / "gen_0007.png").mkdir()
+    with pytest.raises(InputError, match=r"gen_0007.png is missing; mend with"):
+        AugmentedDataset(root)
+
+
+def simulate(root, count):
+    """Write a folder of empty pictures."""
+    digits = len(str(count - 1))
+    (root / "image").mkdir(parents=True)
+    (root / "run.json").write_text(json.dumps({"num_aug": count, "runs": [{"command": ["python", "augmentation.py"]}]}))
+    np.lib.format.open_memmap(root / "soft_label.npy", "w+", np.float32, (count, 200))
+    with open(root / "metadata.jsonl", "w") as metadata:
+        for index in range(count):
+            name = f"image/gen_{index:0{digits}d}.png"
+            metadata.write(json.dumps({"file_name": name, "target_name": "owl" * 50}) + "\n")
+            (root / name).touch()
+
+
+@pytest.mark.slow
+def test_opening_costs_little_an_item_and_workers_nothing(tmp_path):
+    """A million items: 5 s and 200 MB; here a tenth of both for a tenth of the items."""
+    simulate(tmp_path, 100_000)
+    start = time.process_time()
+    AugmentedDataset(tmp_path)
+    assert time.process_time() - start < 0.5
+    tracemalloc.start()
+    augmented = AugmentedDataset(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6
+    assert len(pickle.dumps(augmented)) < 1000  # what a spawned worker is sent
+
+
+def test_workers_are_sent_as_much_for_any_number_of_items(tmp_path):
+    sizes = []
+    for count in (2000, 1001):
+        simulate(tmp_path / str(count), count)
+        augmented = AugmentedDataset(tmp_path / str(count))
+        assert len(augmented.file_names) == count
+        sizes.append(len(pickle.dumps(augmented)))
+    assert sizes[0] == sizes[1]
 
 
 def test_the_probability_is_kept_and_labels_have_one_shape():
@@ -124,10 +314,74 @@ def test_workers_change_nothing():
     assert torch.equal(torch.stack(epochs(seed=0, workers=2)), torch.stack(epochs(seed=0, workers=0)))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+def new_numbers(seed=0, size=240):
+    return MixedDataset(numbers(0, size), numbers(1000, 500), 0.5, 1, seed)
+
+
+def draw_epoch(mixed, epoch):
+    mixed.set_epoch(epoch)
+    return [mixed[index][0].item() for index in range(len(mixed))]
+
+
+@pytest.mark.parametrize("num_ranks", [6, 8])
+def test_ranks_draw_as_one_process_does_and_epochs_differ(num_ranks):
+    """Items move between the ranks, each of which has a data set of its own."""
+    ranks = [new_numbers() for _ in range(num_ranks)]
+    samplers = [DistributedSampler(mixed, num_ranks, rank) for rank, mixed in enumerate(ranks)]
+    seen = []
+    for epoch in range(3):
+        drawn = {}
+        for mixed, sampler in zip(ranks, samplers):
+            sampler.set_epoch(epoch)
+            mixed.set_epoch(epoch)
+            drawn |= {index: mixed[index][0].item() for index in sampler}
+        seen.append([drawn[index] for index in range(240)])
+        assert seen[-1] == draw_epoch(new_numbers(), epoch)
+    for first, second in ((0, 1), (1, 2), (0, 2)):
+        replaced = [(a, b) for a, b in zip(seen[first], seen[second]) if a >= 1000 and b >= 1000]
+        assert len(replaced) > 30 and np.mean([a == b for a, b in replaced]) < 0.1
+
+
+def test_a_resumed_training_draws_what_an_uninterrupted_one_draws():
+    mixed = new_numbers()
+    for epoch in range(3):
+        draw_epoch(mixed, epoch)
+    assert draw_epoch(mixed, 3) == draw_epoch(new_numbers(), 3)
+
+
+def test_an_index_that_comes_twice_in_an_epoch_is_drawn_anew():
+    mixed = new_numbers()
+    first, second = draw_epoch(mixed, 0), [mixed[index][0].item() for index in range(240)]
+    assert first != second
+    assert draw_epoch(mixed, 0) == first
+
+
+@start_methods
+def test_the_epoch_reaches_persistent_workers(method):
+    skip_without(method)
+    mixed = copy.deepcopy(new_numbers())
+    loader = DataLoader(mixed, 16, num_workers=2, persistent_workers=True, multiprocessing_context=method)
+    for epoch in (0, 1, 0):
+        mixed.set_epoch(epoch)
+        assert torch.cat([images for images, _ in loader]).tolist() == draw_epoch(new_numbers(), epoch)
+
+
+@start_methods
+def test_a_launched_process_keeps_its_epoch_to_itself(method):
+    """Ranks that were given one data set, as by torch.multiprocessing.spawn, do not change each other's epoch."""
+    skip_without(method)
+    mixed = new_numbers()
+    mixed.set_epoch(2)
+    rank = torch.multiprocessing.get_context(method).Process(target=mixed.set_epoch, args=(7,))
+    rank.start()
+    rank.join()
+    assert rank.exitcode == 0
+    assert [mixed[index][0].item() for index in range(240)] == draw_epoch(new_numbers(), 2)
+
+
+@start_methods
 def test_two_workers_train_an_epoch(folder, method):
-    if method not in torch.multiprocessing.get_all_start_methods():
-        pytest.skip(f"this system has no {method}")
+    skip_without(method)
     mixed = MixedDataset(Constant(0.5, 24), AugmentedDataset(folder, to_tensor), 0.5, 3)
     loader = DataLoader(mixed, batch_size=8, shuffle=True, num_workers=2, multiprocessing_context=method)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
@@ -156,3 +410,48 @@ def test_wrong_labels_and_probabilities_are_named():
         MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 0.0, 2)[2]
     with pytest.raises(IndexError):
         MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 0.0, 3)[3]
+    with pytest.raises(ValueError, match="class below 3"):
+        MixedDataset([(0, "owl")], Constant(1.0, 3), 0.0, 3)[0]
+
+
+@pytest.mark.parametrize("label", [True, 1.0, [0.5, 0.6, 0.0], [1.5, -0.5, 0.0], [float("nan"), 0.0, 0.0], None])
+def test_a_label_that_is_no_class_and_no_share_is_refused(label):
+    with pytest.raises(ValueError, match="a label has to be a class below 3 or that many shares of sum 1"):
+        MixedDataset([(0, label)], Constant(1.0, 3), 0.0, 3)[0]
+
+
+class Endless(IterableDataset):
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"real": Endless()}, "real"),
+        ({"augmented": Endless()}, "augmented"),
+        ({"augmented": iter([])}, "augmented"),
+        ({"probability": True}, "probability"),
+        ({"probability": float("nan")}, "probability"),
+        ({"probability": "0.5"}, "probability"),
+        ({"num_classes": True}, "num_classes"),
+        ({"num_classes": 3.0}, "num_classes"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"seed": 0.5}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_an_argument_of_a_wrong_kind_is_named(changes, name):
+    arguments = {"real": Constant(0.0, 3), "augmented": Constant(1.0, 3), "probability": 0.5, "num_classes": 3}
+    with pytest.raises(InputError, match=rf"^`{name}`: has to be"):
+        MixedDataset(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("epoch", [True, 1.0, -1, None])
+def test_an_epoch_is_a_whole_number(epoch):
+    with pytest.raises(InputError, match=r"^`epoch`: has to be a whole number"):
+        new_numbers().set_epoch(epoch)

@@ -4,11 +4,14 @@ The fake card (tests/fake_card.py) raises an error for an operand on another dev
 and for anything that the host reads from the card within the denoising loop. So each test that draws holds these too.
 """
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from dry_run import compute_drawing, describe
 from fake_card import FakeCard, HostRead, WrongType, build_generator, build_pipeline, can_fake_cuda
 from random_models import SHAPES
 
@@ -229,3 +232,58 @@ def test_a_branch_that_is_run_twice_is_found(pipe, on_card, cost):
     options = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
     draw(pipe, on_card, callback_on_step_end=run_again, **options)
     assert on_card.flops["loop"] == pytest.approx(BATCH * 4 * STEPS * cost["evaluation"], **WITHIN_ONE_PERCENT)
+
+
+# -------------------------------------------------------------------------------------------- what the card adds up
+
+
+def test_live_memory_is_counted_from_birth_to_death():
+    with FakeCard("meta", capacity=10_000) as card:
+        first = torch.zeros(1000, device="meta")
+        view = first[:500].view(5, 100)
+        second = first + 1
+        assert card.live == 8000
+        del first, second
+        assert card.live == 4000  # the view keeps its storage
+        del view
+        assert card.live == 0
+        assert card.activations() == 8000
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.zeros(1000, 3, device="meta")
+
+
+def test_a_training_step_takes_less_memory_and_more_work_with_gradient_checkpointing(tmp_path):
+    """On a "meta" device: for a backward pass on CUDA, PyTorch needs a driver."""
+    costs = []
+    with FakeCard("meta") as card:
+        unet = build_pipeline(card, SHAPES["tiny"], tmp_path, torch.float32).unet.train()
+        unet.requires_grad_(True)
+        for checkpoints in (False, True):
+            unet.zero_grad()
+            if checkpoints:
+                unet.enable_gradient_checkpointing()
+            card.start()
+            latents, embeds = torch.zeros(8, 4, 16, 16, device="meta"), torch.zeros(8, 24, 32, device="meta")
+            unet(latents, torch.zeros(8, device="meta"), embeds).sample.square().mean().backward()
+            costs.append((card.activations(), sum(card.flops.values())))
+    (plain_bytes, plain_flops), (bytes_with, flops_with) = costs
+    gradients = sum(parameter.numel() * 4 for parameter in unet.parameters())
+    assert gradients < bytes_with < plain_bytes
+    assert 1.2 * plain_flops < flops_with < 1.4 * plain_flops  # forward, backward of twice that; forward again
+
+
+def test_the_dry_run_prints_a_row_for_each_batch():
+    usages = compute_drawing(SHAPES["tiny"], torch.float16, steps=1, resolution=32, batch_sizes=(1, 4))
+    text = describe(usages, torch.float16)
+    assert re.search(r"^1 +0\.00 ", text, re.MULTILINE) and re.search(r"^4 +0\.00 ", text, re.MULTILINE)
+    assert "H100 SXM" in text and "nothing here is measured" in text
+    assert "H100 SXM" not in describe(usages, torch.float32)
+
+
+@pytest.mark.slow
+def test_the_readmes_batch_sizes_are_the_dry_runs(run_script):
+    done = run_script("tests/benchmark.py", "--arch=sd15", "--device=cuda", "--dry_run", "--steps=2")
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("--batch_size "))
+    cells = " | ".join(row.split()[1:])
+    assert f"| `--batch_size` | {cells} |" in (ROOT / "README.md").read_text(encoding="utf-8")

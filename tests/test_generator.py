@@ -219,7 +219,7 @@ def test_messages_in_mid_run_name_parameters(monkeypatch):
 
     message = fail_with(RuntimeError("CUDA out of memory."))
     assert "`resolution`" in message and "`dtype=float16`" in message and "--" not in message
-    message = fail_with(NonFiniteImageError([0]))
+    message = fail_with(NonFiniteImageError([0], torch.float16))
     assert message.startswith("item 1: the picture is not finite")
     assert "use `dtype=bfloat16`" in message and "--" not in message
 

@@ -100,14 +100,24 @@ def test_ctrl_c_keeps_its_status_when_the_reader_dies_of_it_too(start, tmp_path,
 def test_letters_that_the_terminal_lacks(run_script, tmp_path, tiny_arguments, encoding):
     """--help, an error and the closing line of a finished run show something in their place."""
     environment = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    done = run_script("generation.py", "--help", environment=environment)
+    done = run_script("generation.py", "--help", environment=environment, errors="replace")
     assert done.returncode == 0 and "--output_dir" in done.stdout
     done = run_script(
-        "generation.py", "--data_name=digits", "--target_class=Žluťoučký", "--device=cpu", environment=environment
+        "generation.py",
+        "--data_name=digits",
+        "--target_class=Žluťoučký",
+        "--device=cpu",
+        environment=environment,
+        errors="replace",
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
     done = run_script(
-        "generation.py", *tiny_arguments, "--num_gen=1", "--output_dir=Žluťoučký", environment=environment
+        "generation.py",
+        *tiny_arguments,
+        "--num_gen=1",
+        "--output_dir=Žluťoučký",
+        environment=environment,
+        errors="replace",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("wrote 1 pictures")

@@ -1,0 +1,128 @@
+"""What a data set costs by its size: looking through a folder, writing into it, opening it as a torch data set.
+
+benchmark.py --scale prints these as tables. A simulated generator stands in for the model: small noise pictures.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from noisecutmix import AugmentedDataset
+from noisecutmix.folder import OutputFolder
+from noisecutmix.items import PARTS
+from noisecutmix.plan import Plan
+
+SIZES = (1_000, 100_000, 1_000_000)
+RESOLUTIONS = (64, 512)
+LOOKED_THROUGH = 400  # items, of whose cost the median of five is taken
+REPEATS = 5
+CLASS_NAMES = [f"class {label}" for label in range(10)]
+
+OPEN_DATA_SET = """
+import re, sys, time
+from pathlib import Path
+from noisecutmix import AugmentedDataset
+
+def memory():  # private memory of this process, in MB
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"Private_(?:Clean|Dirty): +([0-9]+) kB", text))) / 1024
+
+before, start = memory(), time.perf_counter()
+data_set = AugmentedDataset(sys.argv[1])
+print(time.perf_counter() - start, memory() - before)
+"""
+
+
+def measure_scale(folder: Path | None = None) -> str:
+    """Return the tables as text."""
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        looks = [look_through(Path(root) / str(resolution), resolution) for resolution in RESOLUTIONS]
+        sizes = [measure_size(Path(root) / f"of_{size}", size) for size in SIZES]
+    lines = [
+        "looking through a folder, ms an item (median of five, warm)",
+        f"{'':>12}{'quick':>10}{'--verify':>10}{'ratio':>8}",
+    ]
+    for resolution, quick, thorough in looks:
+        lines.append(f"{resolution:>5}x{resolution:<6}{quick:>10.3f}{thorough:>10.3f}{thorough / quick:>7.0f}x")
+    lines += [
+        "",
+        "one folder, by the number of items; us an item",
+        f"{'items':>10}" + "".join(f"{name:>12}" for name in sizes[0][1]),
+    ]
+    for size, costs in sizes:
+        lines.append(f"{size:>10,}" + "".join(f"{cost:>12.1f}" for cost in costs.values()))
+    return "\n".join(lines)
+
+
+def look_through(root: Path, resolution: int) -> tuple[int, float, float]:
+    """Return (resolution, ms an item quickly, ms an item with every pixel), in one run side by side."""
+    folder = begin(root, LOOKED_THROUGH, resolution)
+    rng = np.random.default_rng(0)
+    for item in folder.plan.items(LOOKED_THROUGH):
+        folder.write(item, Image.fromarray(smooth_noise(rng, resolution)))
+    indices = np.arange(LOOKED_THROUGH)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(REPEATS):
+        for every_pixel in (False, True):
+            seconds[every_pixel].append(timed(lambda: folder.has_whole_files(indices, every_pixel)))  # noqa: B023
+    quick, thorough = (1000 * statistics.median(values) / LOOKED_THROUGH for values in seconds)
+    return resolution, quick, thorough
+
+
+def measure_size(root: Path, size: int) -> tuple[int, dict[str, float]]:
+    """Return (size, microseconds an item by what is done)."""
+    folder = begin(root, size, 8)
+    image = Image.new("RGB", (8, 8))
+    with ThreadPoolExecutor(8) as pool:
+        write = timed(lambda: list(pool.map(lambda item: folder.write(item, image), folder.plan.items(size))))
+    costs = {"write": write, "list": timed(lambda: [folder.items.find_missing(part) for part in PARTS])}
+    indices = np.arange(size)
+    costs["look"] = timed(lambda: folder.has_whole_files(indices))
+    costs["finish"] = timed(folder.finish)
+    costs["compare"] = timed(folder.has_planned_labels)
+    costs["open"], _ = open_data_set(root)
+    costs["load"] = load_some(root) * size / 1000
+    return size, {name: 1e6 * seconds / size for name, seconds in costs.items()}
+
+
+def load_some(root: Path) -> float:
+    """Return the seconds for a thousand items in random order."""
+    data_set = AugmentedDataset(root)
+    indices = np.random.default_rng(0).integers(len(data_set), size=1000).tolist()
+    return timed(lambda: [data_set[index] for index in indices])
+
+
+def open_data_set(root: Path) -> tuple[float, float]:
+    """Return (seconds, MB of private memory) that a process of its own needs to open a data set."""
+    output = subprocess.run(
+        [sys.executable, "-c", OPEN_DATA_SET, str(root)], capture_output=True, text=True, check=True
+    ).stdout
+    seconds, megabytes = map(float, output.split())
+    return seconds, megabytes
+
+
+def begin(root: Path, num_items: int, resolution: int) -> OutputFolder:
+    root.mkdir()
+    folder = OutputFolder(root, Plan(0, len(CLASS_NAMES), 1.0, resolution), num_items, CLASS_NAMES)
+    folder.begin({}, {"command": sys.argv})
+    return folder
+
+
+def smooth_noise(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Return pixels (side, side, 3) that a PNG compresses about as well as a photograph."""
+    coarse = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)).resize((side, side))
+    return np.uint8(np.clip(np.asarray(coarse) + rng.normal(0, 6, (side, side, 3)), 0, 255))
+
+
+def timed(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
