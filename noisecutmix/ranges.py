@@ -6,6 +6,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from .errors import InputError
+
 
 @dataclass(frozen=True)
 class Range:
@@ -27,7 +29,7 @@ class Range:
         Numbers of Python and of numpy are accepted. A bool is refused, and so are strings, arrays and tensors.
 
         Raises:
-            ValueError: `value` is of another kind or outside the range. The message names the parameter `name`.
+            InputError: `value` is of another kind or outside the range. The message names the parameter `name`.
         """
         if type(value) is self.kind and self.lowest <= value <= self.highest:  # the quick way; false for nan
             return value
@@ -37,7 +39,7 @@ class Range:
                 converted = self.kind(value)
                 if self.lowest <= converted <= self.highest:
                     return converted
-        raise ValueError(f"`{name}`: has to be {self}, not {value!r}")
+        raise InputError(f"`{name}`: has to be {self}, not {value!r}")
 
 
 def is_whole_number(value: object) -> TypeGuard[int]:
