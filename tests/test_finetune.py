@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -13,16 +14,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from conftest import CLASS_NAMES, DIGITS, RANK, ROOT, TINY_WIDTH, as_command_line, command, load_module
+from conftest import CLASS_NAMES, DIGITS, RANK, ROOT, as_command_line, command, load_module
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from sklearn.svm import SVC
 from test_bad_input import files_below, run_without_torch
 
+from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.checkpoint import load_pipeline
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.launch import Launch
 from noisecutmix.photos import crop_square, find_photos, open_photo
+from noisecutmix.plan import Item
 from noisecutmix.posteriors import Posteriors, plan_showing
 from noisecutmix.training import Settings, Trainer, create_accelerator
 from noisecutmix.training_folder import TrainingFolder
@@ -872,6 +876,36 @@ def test_two_processes_refuse_in_one_line(tmp_path, flags, photos, start):
 
 @pytest.mark.slow
 def test_mirrored_digits_are_learned(tmp_path, run_script):
-    """README's three commands: pictures that the base model does not know, and a judge that knows none of them."""
+    """README's commands: pictures that the base model does not know, and a judge that saw none of them."""
+    commands = [shlex.split(line)[2:] for line in readme_commands() if "mirrored" in line]
+    scripts = ["ckpts/digits/train.py", "ckpts/finetune.py", "generation.py", "augmentation.py"]
+    assert [script for script, *_ in commands] == scripts
+    for script, *arguments in commands:
+        arguments = [argument.replace("--model=ckpts/", f"--model={ROOT / 'ckpts'}/") for argument in arguments]
+        done = run_script(script, *arguments, timeout=1200)
+        assert done.returncode == 0, done.stderr
+    labels = np.load(tmp_path / "outputs" / "mirrored_data" / "soft_label.npy")
+    assert labels.shape[1] == 10
+
     train = load_module(DIGITS / "train.py")
-    assert TINY_WIDTH and train  # filled in below once the recipe is settled
+    images, digits, test_images, test_digits = train.load_split()
+    seen = np.concatenate([np.flatnonzero(digits == digit)[:40] for digit in range(10)])
+    unseen = np.setdiff1d(np.arange(len(digits)), seen)
+
+    def as_vectors(pictures):
+        return train.enlarge(pictures[:, :, ::-1]).reshape(len(pictures), -1) / 255
+
+    judge = SVC(gamma="scale").fit(as_vectors(images[unseen]), digits[unseen])
+    assert judge.score(as_vectors(test_images), test_digits) > 0.95
+
+    generator = NoiseCutMixGenerator("cpu", str(tmp_path / "outputs" / "mirrored_checkpoint"))
+    items = [Item(i, i % 10, (i + 3) % 10, (0, 0, 32, 32), 1.0, 1000 + i, 32) for i in range(60)]
+    drawn = np.stack([np.asarray(image.convert("L")) for image in generator.draw(items)]).reshape(60, -1) / 255
+    wanted = [train.CLASS_NAMES.index(generator.class_names[item.target]) for item in items]
+    assert (judge.predict(drawn) == wanted).mean() >= 0.85
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Your own data") : text.index("## Reproducing a result")]
+    return re.findall(r"^uv run .*$", section, flags=re.MULTILINE)

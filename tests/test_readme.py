@@ -7,20 +7,21 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, as_command_line
+from conftest import ROOT, as_command_line, load_module
 
 from noisecutmix.cli import create_augmentation_parser, create_generation_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+(?: \w+)?)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
-PARSERS = {"augmentation.py": create_augmentation_parser(), "generation.py": create_generation_parser()}
+SCRIPTS = {"augmentation.py": create_augmentation_parser(), "generation.py": create_generation_parser()}
+PARSERS = {**SCRIPTS, "finetune.py": load_module(ROOT / "ckpts" / "finetune.py").create_parser()}
 
 
 def script_commands(kind):
     """Return (script, arguments) of each command of ours in the blocks of a kind."""
     text = "\n".join(block for name, block in BLOCKS if name == kind).replace("\\\n", " ").replace("'", "")
-    commands = re.findall(r"(augmentation\.py|generation\.py) (.*)", text)
+    commands = re.findall(r"(augmentation\.py|generation\.py|finetune\.py) (.*)", text)
     return [(script, shlex.split(arguments)) for script, arguments in commands]
 
 
@@ -58,7 +59,7 @@ def test_gpu_commands_have_valid_flags(script, arguments):
 
 def test_every_flag_is_in_the_table():
     table = README[README.index("## Flags") : README.index("## Output")]
-    for script, parser in PARSERS.items():
+    for script, parser in SCRIPTS.items():
         for action in parser._actions:
             if "--help" not in action.option_strings:
                 assert f"`{action.option_strings[0]}`" in table, f"{script} {action.option_strings[0]}"
