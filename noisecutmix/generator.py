@@ -210,7 +210,7 @@ class NoiseCutMixGenerator:
             reason = f"{type(cause).__name__}: {first_line(cause)}"[:300]
             if "compiler" in reason.lower():
                 reason = "PyTorch finds no C++ compiler; install g++ (on Windows the Visual Studio Build Tools)"
-            raise RunError(f"`compile`: {reason}; or leave `compile` out") from error
+            raise RunError(f"`compile`: {reason}; try without it") from error
 
     def _as_labels(self, name: str, labels: Labels) -> list[int]:
         """Return the labels as a list of int, or raise a ValueError."""
