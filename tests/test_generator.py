@@ -241,5 +241,5 @@ except RuntimeError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.stdout == (
         "`compile`: PyTorch finds no C++ compiler; install g++ (on Windows the Visual Studio Build Tools); "
-        "or leave `compile` out\n"
+        "try without it\n"
     ), done.stderr
