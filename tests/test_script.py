@@ -44,8 +44,9 @@ def run_python(code, *arguments, folder, **environment):
     )
 
 
-@pytest.mark.parametrize("way", ["wraps", "swallows"])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("way", "number", "status"), [("wraps", signal.SIGINT, 130), ("swallows", signal.SIGTERM, 143)]
+)
 @pytest.mark.parametrize(
     ("script", "last_line"),
     [
