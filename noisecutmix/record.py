@@ -19,7 +19,7 @@ from .sources import find_checkpoint_files, find_model
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
 SAMPLED_BYTES = 2**20
-LONGEST_TOLD = 120
+LONGEST_SHOWN = 120
 
 
 def fingerprint_files(root: Path, files: Iterable[Path]) -> str:
@@ -125,7 +125,7 @@ def check_same_as_main(own: dict[str, Any], main: dict[str, Any]) -> None:
     Raises:
         InputError: an option differs.
     """
-    differences = describe_differences(main, own)
+    differences = describe_differences({name: main.get(name) for name in own}, own)
     if differences:
         raise InputError(f"the main process has another {differences}; give all the same command and files")
 
@@ -146,9 +146,9 @@ def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
 
 def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
     """Return the options that differ, as "alpha (1.0 there, 0.5 now), seed (…)"; values only where they are short."""
-    told = []
-    for name, value in now.items():
-        if there.get(name) != value:
-            values = f" ({there.get(name)} there, {value} now)"
-            told.append(name + (values if len(values) < LONGEST_TOLD else ""))
-    return ", ".join(told)
+    differences = []
+    for name in {**now, **there}:
+        if there.get(name) != now.get(name):
+            values = f" ({there.get(name)} there, {now.get(name)} now)"
+            differences.append(name + (values if len(values) < LONGEST_SHOWN else ""))
+    return ", ".join(differences)

@@ -381,6 +381,15 @@ def test_a_full_disk_is_reported_with_the_file_name(tmp_path, tiny_arguments, mo
     run_to_the_end(tmp_path, tiny_arguments, 5)
 
 
+def test_an_option_that_this_program_does_not_know_is_a_difference(whole, tmp_path, tiny_arguments):
+    out = copy_of(whole, tmp_path)
+    record = json.loads((out / "run.json").read_text())
+    record["options"]["shown"] = "target"
+    (out / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"another shown \(target there, None now\)"):
+        run_to_the_end(tmp_path, tiny_arguments, 20)
+
+
 # generation.py
 
 
