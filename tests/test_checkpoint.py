@@ -342,6 +342,7 @@ def test_loading_is_silent_and_leaves_the_libraries_as_they_were(tiny_model, tin
     assert (told.out, told.err, seen) == ("", "", [])
 
 
+@pytest.mark.slow
 def test_python_prints_nothing_from_the_import_to_the_picture(tmp_path):
     """Neither the libraries' warnings nor their bars."""
     code = """

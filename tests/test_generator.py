@@ -224,6 +224,7 @@ def test_messages_in_mid_run_name_parameters(monkeypatch):
     assert "use `dtype=bfloat16`" in message and "--" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="PATH is how a compiler is taken away here")
 def test_compile_without_a_compiler_says_what_to_install(tmp_path):
     code = """

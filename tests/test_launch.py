@@ -184,6 +184,7 @@ def test_half_a_launch_is_refused_in_one_line(run_script, tmp_path, environment,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_launch_draws_pictures_to_look_at_once(run_script, tmp_path, tiny_arguments):
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     done = run_script("generation.py", *tiny_arguments, "--output_dir=out", environment={**launch, "RANK": "1"})

@@ -253,7 +253,9 @@ def test_a_second_run_is_refused(whole, run_script, tmp_path, tiny_arguments):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_signals_keep_finished_items(start, tmp_path, tiny_arguments, number, status):
     arguments = [*tiny_arguments, "--num_inference_steps=40", "--num_aug=400", "--output_dir=out"]
     process = start(command("augmentation.py", *arguments))

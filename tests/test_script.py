@@ -51,7 +51,7 @@ def run_python(code, *arguments, folder, **environment):
     ("script", "last_line"),
     [
         ("augmentation.py", "stopped: 0 of 10 items are done; the same command goes on"),
-        ("generation.py", "stopped; run the same command again"),
+        pytest.param("generation.py", "stopped; run the same command again", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_that_a_library_catches_while_loading(
@@ -64,6 +64,7 @@ def test_a_signal_that_a_library_catches_while_loading(
     assert "Traceback" not in done.stderr and "--model" not in done.stderr
 
 
+@pytest.mark.slow
 @ON_POSIX
 def test_a_second_ctrl_c_changes_nothing(start, tmp_path, tiny_arguments):
     process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
@@ -78,7 +79,7 @@ def test_a_second_ctrl_c_changes_nothing(start, tmp_path, tiny_arguments):
 
 
 @ON_POSIX
-@pytest.mark.parametrize("streams", ["2>&1 |", "2>/dev/null |"])
+@pytest.mark.parametrize("streams", ["2>&1 |", pytest.param("2>/dev/null |", marks=pytest.mark.slow)])
 def test_a_reader_that_goes_away_is_no_failure(tmp_path, tiny_arguments, streams):
     arguments = " ".join(f"'{word}'" for word in command("augmentation.py", *tiny_arguments, "--output_dir=out"))
     shell = f"set -o pipefail; {{ {arguments}; echo $? > status; }} {streams} true"
@@ -87,6 +88,7 @@ def test_a_reader_that_goes_away_is_no_failure(tmp_path, tiny_arguments, streams
     assert (tmp_path / "out" / "soft_label.npy").is_file()
 
 
+@pytest.mark.slow
 @ON_POSIX
 def test_ctrl_c_keeps_its_status_when_the_reader_dies_of_it_too(start, tmp_path, tiny_arguments):
     process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
@@ -97,7 +99,7 @@ def test_ctrl_c_keeps_its_status_when_the_reader_dies_of_it_too(start, tmp_path,
     assert process.wait(timeout=LONGEST_WAIT) == 130
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_letters_that_the_terminal_lacks(run_script, tmp_path, tiny_arguments, encoding):
     """--help, an error and the closing line of a finished run show something in their place."""
     environment = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
@@ -146,6 +148,7 @@ def test_signals_at_many_moments_of_a_start(start, tmp_path, tiny_arguments, num
         assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_class_names_in_every_script_are_written_and_drawn(run_script, tmp_path, tiny_model, tmp_path_factory):
     from conftest import in_old_keys, random_lora, write_checkpoint
     from diffusers import UNet2DConditionModel
