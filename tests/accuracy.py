@@ -1,10 +1,11 @@
 """Does it help? Classifiers of handwritten digits, trained with and without NoiseCutMix, on a laptop.
 
 uv run python tests/accuracy.py --json=outputs/accuracy/accuracy.json
-uv run python tests/accuracy.py --work_dir=outputs/accuracy_try --seeds=1 --num_aug=16 --steps=20   # a quick try
+uv run python tests/accuracy.py --work_dir=outputs/try --seeds=1 --num_aug=16 --steps=20 --generator_steps=30   # quick
 
-Draws two augmented sets with the bundled demo, trains a small classifier for every row, number of real digits and seed,
-and measures how natural the seams are and how well the labels fit. A second run in the same --work_dir draws nothing.
+Draws augmented sets with the bundled demo, and with two generators that are trained here on 20 digits a class. Then it
+trains a small classifier for every row, column and seed, and measures how natural the seams are and how well the labels
+fit. A second run in the same --work_dir trains no generator and draws nothing.
 """
 
 import argparse
@@ -14,15 +15,15 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
@@ -45,7 +46,9 @@ LEARNING_RATE = 2e-3
 LARGEST_SHIFT = 2  # pixels of the classifier's input: one of the 8x8 digit
 AUGMENTED_SHARE = 0.5  # of the draws; fixed beforehand, as all the numbers here
 ALPHA = 1.0  # of MixUp's and CutMix's Beta distribution
-DIGITS_A_CLASS = {"10 a class": 10, "all": None}
+FEW, ALONE, ALL = "10 a class", "20 a class, generator too", "all"  # what a column's classifiers see of the real digits
+FEW_DIGITS, ALONE_DIGITS = 10, 20  # a class
+SUBSETS = 2  # of ALONE_DIGITS digits a class; each has a generator of its own
 BASELINE = "CutMix"
 MOST_SEAMS = 64
 BINS = 10
@@ -75,15 +78,16 @@ class SingleClassPlan(Plan):
         return replace(item, box=(0, 0, self.resolution, self.resolution), ratio=1.0)
 
 
-def draw_mixed(arguments: list[str]) -> None:
-    """Run augmentation.py; it goes on where an earlier run stopped."""
-    status = subprocess.run([sys.executable, str(ROOT / "augmentation.py"), *arguments], check=False).returncode
+def run_script(script_file: str, *arguments: str) -> None:
+    """Run a script of the repository. Raises RunError where it fails."""
+    status = subprocess.run([sys.executable, str(ROOT / script_file), *arguments], check=False).returncode
     if status:
-        raise RunError("augmentation.py failed, see above; another --work_dir starts anew")
+        raise RunError(f"{script_file} failed, see above; another --work_dir starts anew")
 
 
-def draw_single_class(root: Path, plan: SingleClassPlan, num_items: int, options: argparse.Namespace) -> None:
-    """Draw the plan's items into a folder such as augmentation.py's; goes on where an earlier run stopped."""
+def draw_single_class(root: Path, shown: str, num_items: int, mixed_plan: Plan, options: argparse.Namespace) -> None:
+    """Draw one class of each item into a folder such as augmentation.py's; goes on where an earlier run stopped."""
+    plan = SingleClassPlan(*astuple(mixed_plan), shown)
     folder = OutputFolder(root, plan, num_items, options.classes.names)
     shape = {**record.describe_shape(options, DEVICE), "shown": plan.shown}
     with folder.held(shape, overwrite=False):
@@ -98,6 +102,35 @@ def draw_single_class(root: Path, plan: SingleClassPlan, num_items: int, options
                         folder.write(item, image)
                     bar.update(len(items))
         folder.finish()
+
+
+def draw_sets(work_dir: Path, num_aug: int, *model: str) -> tuple[dict[str, TensorDataset], Plan, argparse.Namespace]:
+    """Draw a generator's two sets; return them decoded, with the plan and the options of both.
+
+    `model`: --model and --ckpt_path, where it is not the bundled one.
+    """
+    arguments = ["--data_name=digits", f"--num_aug={num_aug}", f"--device={DEVICE}", *model]
+    arguments.append(f"--output_dir={work_dir / 'noisecutmix'}")
+    options = cli.parse_augmentation(arguments)
+    plan = Plan(options.seed, NUM_CLASSES, options.alpha, options.resolution)
+    run_script("augmentation.py", *arguments)  # it goes on where an earlier run stopped
+    draw_single_class(work_dir / "stable_diffusion", "target", num_aug, plan, options)
+    names = ("noisecutmix", "stable_diffusion")
+    return {name: decode(AugmentedDataset(work_dir / name, to_input)) for name in names}, plan, options
+
+
+def train_generator(folder: Path, subset: int, steps: int) -> tuple[str, str]:
+    """Train the whole demo on a subset of the digits alone; return the flags that draw with it."""
+    checkpoint = folder / "shot-1-lora-rank10"
+    if not (checkpoint / "preview.png").is_file():  # written last
+        run_script(
+            "ckpts/digits/train.py",
+            f"--digits_a_class={ALONE_DIGITS}",
+            f"--subset={subset}",
+            f"--steps={steps}",
+            f"--output_dir={folder}",
+        )
+    return f"--model={folder / 'base'}", f"--ckpt_path={checkpoint}"
 
 
 def to_input(image: Image.Image) -> torch.Tensor:
@@ -203,32 +236,51 @@ def train(real: TensorDataset, extra: Dataset | None, mix: Callable | None, seed
 
 @torch.no_grad()
 def measure_accuracy(model: nn.Module, test: TensorDataset) -> float:
-    """Return the share of test pictures named right, in percent."""
+    """Return the share of pictures named right, in percent; a soft label's class is its largest."""
     pictures, labels = test.tensors
-    return 100 * float((model(pictures).argmax(1) == labels).float().mean())
+    classes = labels.argmax(1) if labels.ndim == 2 else labels
+    return 100 * float((model(pictures).argmax(1) == classes).float().mean())
 
 
-def choose_subset(real: TensorDataset, digits_a_class: int | None, seed: int) -> TensorDataset:
-    """Return as many random digits of each class, or all of them."""
-    if digits_a_class is None:
-        return real
+class Trial(NamedTuple):
+    """What the classifiers of one column and seed are trained on."""
+
+    seed: int
+    real: TensorDataset
+    sets: dict[str, TensorDataset]
+
+
+def choose_random(labels: np.ndarray, digits_a_class: int, seed: int) -> np.ndarray:
+    """Return the indices of so many random digits of each class."""
     rng = np.random.default_rng(seed)
+    return np.concatenate(
+        [rng.permutation(np.flatnonzero(labels == label))[:digits_a_class] for label in range(NUM_CLASSES)]
+    )
+
+
+def plan_trials(
+    real: TensorDataset, sets: dict[str, TensorDataset], alone: Sequence[Trial], seeds: int
+) -> dict[str, list[Trial]]:
+    """Return the trials of each column; `alone` has one for each subset."""
     labels = real.tensors[1].numpy()
-    chosen = [rng.permutation(np.flatnonzero(labels == label))[:digits_a_class] for label in range(NUM_CLASSES)]
-    return TensorDataset(*real[np.concatenate(chosen)])
+    few = [TensorDataset(*real[choose_random(labels, FEW_DIGITS, seed)]) for seed in range(seeds)]
+    return {
+        FEW: [Trial(seed, subset, sets) for seed, subset in enumerate(few)],
+        ALONE: [trial._replace(seed=seed) for trial in alone for seed in range(seeds)],
+        ALL: [Trial(seed, real, sets) for seed in range(seeds)],
+    }
 
 
 def measure_accuracies(
-    real: TensorDataset, test: TensorDataset, sets: dict[str, Dataset], seeds: int, steps: int
+    trials: dict[str, list[Trial]], test: TensorDataset, steps: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Return the test accuracy of every seed, by row, by number of real digits."""
-    accuracies = {column: {row.name: [] for row in ROWS} for column in DIGITS_A_CLASS}
-    with tqdm(total=len(DIGITS_A_CLASS) * seeds * len(ROWS), unit="classifier") as bar:
-        for column, digits_a_class in DIGITS_A_CLASS.items():
-            for seed in range(seeds):
-                subset = choose_subset(real, digits_a_class, seed)
+    """Return the test accuracy of every trial, by row, by column."""
+    accuracies = {column: {row.name: [] for row in ROWS} for column in trials}
+    with tqdm(total=sum(map(len, trials.values())) * len(ROWS), unit="classifier") as bar:
+        for column, column_trials in trials.items():
+            for trial in column_trials:
                 for row in ROWS:
-                    model = train(subset, sets.get(row.pictures), row.mix, seed, steps)
+                    model = train(trial.real, trial.sets.get(row.pictures), row.mix, trial.seed, steps)
                     accuracies[column][row.name].append(measure_accuracy(model, test))
                     bar.update()
     return accuracies
@@ -271,11 +323,10 @@ def measure_seams(pictures: Sequence[np.ndarray], boxes: Sequence[Box]) -> float
     return float(np.concatenate(across).mean() / np.concatenate(ordinary).mean())
 
 
-def compare_seams(
-    folders: dict[str, Path], items: Sequence[Item], images: np.ndarray, labels: np.ndarray
-) -> dict[str, Any]:
+def compare_seams(work_dir: Path, items: Sequence[Item], images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Measure the seams of NoiseCutMix, of the same items' single pictures pasted, and of real digits there."""
-    read = {name: AugmentedDataset(folder, to_pixels) for name, folder in folders.items()}
+    names = ("noisecutmix", "stable_diffusion", "stable_diffusion_aug")
+    read = {name: AugmentedDataset(work_dir / name, to_pixels) for name in names}
     items = [item for item in items if 0 < item.ratio < 1]
     boxes = [item.box for item in items]
     rng = np.random.default_rng(0)
@@ -311,36 +362,20 @@ def measure_label_fit(model: nn.Module, pictures: torch.Tensor, items: Sequence[
     ]
 
 
-def draw_label_fit(bins: Sequence[dict[str, Any]]) -> Image.Image:
-    """Return the plot: probabilities against the label's share; where they fit, they lie on the thin lines."""
-    side, left, top, scale = 1200, 180, 130, 2  # drawn at twice the size, so that lines are smooth
-    plot = Image.new("RGB", (left + side + 60, top + side + 170), "white")
-    draw = ImageDraw.Draw(plot)
-    write = partial(draw.text, fill="black", font=ImageFont.load_default(36))
-
-    def place(ratio: float, probability: float) -> tuple[float, float]:
-        return left + ratio * side, top + (1 - probability) * side
-
-    for tenth in range(0, BINS + 1, 2):
-        share = tenth / BINS
-        draw.line([place(share, 0), place(share, 1)], fill=(230, 230, 230), width=2)
-        draw.line([place(0, share), place(1, share)], fill=(230, 230, 230), width=2)
-        write((place(share, 0)[0], top + side + 36), f"{share:.1f}", anchor="mm")
-        write((left - 24, place(0, share)[1]), f"{share:.1f}", anchor="rm")
-    draw.rectangle([place(0, 1), place(1, 0)], outline="black", width=2)
+def draw_label_fit(bins: Sequence[dict[str, Any]], file: Path) -> None:
+    """Plot the probabilities against the label's share; where they fit, they lie on the thin lines."""
+    figure = Figure(figsize=(7, 7), layout="constrained")  # inches
+    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1), xlabel="ratio r: the target class's share of the soft label")
+    axes.set_ylabel("mean probability (thin: the soft label)")
+    axes.grid(alpha=0.3)
     filled = [entry for entry in bins if entry["items"]]
+    ratios = [entry["mean_ratio"] for entry in filled]
     for name, color, fit in (("target", TARGET_COLOR, (0, 1)), ("aug", AUG_COLOR, (1, 0))):
-        draw.line([place(0, fit[0]), place(1, fit[1])], fill=color, width=2)
-        points = [place(entry["mean_ratio"], entry[name]) for entry in filled]
-        draw.line(points, fill=color, width=8, joint="curve")
-        for point in points:
-            draw.circle(point, 14, fill=color)
-    write((left, 66), "mean probability:", anchor="lm")
-    write((left + 330, 66), "target class", fill=TARGET_COLOR, anchor="lm")
-    write((left + 580, 66), "aug class", fill=AUG_COLOR, anchor="lm")
-    write((left + 770, 66), "(thin: the soft label)", anchor="lm")
-    write((left + side / 2, top + side + 110), "ratio r: the target class's share of the soft label", anchor="mm")
-    return plot.resize((plot.width // scale, plot.height // scale), Image.Resampling.LANCZOS)
+        color = [channel / 255 for channel in color]
+        axes.plot((0, 1), fit, color=color, linewidth=1)
+        axes.plot(ratios, [entry[name] for entry in filled], "o-", color=color, linewidth=3, label=f"{name} class")
+    axes.legend()
+    figure.savefig(file, metadata={"Software": None})
 
 
 # The report
@@ -366,23 +401,31 @@ def format_table(summaries: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def describe_exposure(num_real: int, num_test: int) -> str:
     """Say who saw what."""
-    few = NUM_CLASSES * DIGITS_A_CLASS["10 a class"]
+    few, alone = NUM_CLASSES * FEW_DIGITS, NUM_CLASSES * ALONE_DIGITS
     return (
-        f"Who saw what: the generator was trained on all {num_real:,} training digits. At 10 a class the classifier "
+        f"Who saw what: the bundled generator was trained on all {num_real:,} training digits. At {FEW} the classifier "
         f"sees {few} of them, so in the rows with generated pictures the other {num_real - few:,} reach it by way of "
-        "the generator; the other rows have nothing of them. With all digits both saw the same. The "
-        f"{num_test} test digits were seen by neither, and nothing was tuned on them."
+        f"the generator; the other rows have nothing of them. At {ALONE}, generator and classifier see the same "
+        f"{alone} digits and nothing else ({SUBSETS} subsets, a generator each). With all digits both saw the same. "
+        f"The {num_test} test digits were seen by no one, and nothing was tuned on them."
     )
 
 
 def report(results: dict[str, Any]) -> None:
     seeds, steps = results["seeds"], results["steps"]
     print(
-        f"\nTest accuracy in percent: mean ± standard deviation over {seeds} seeds, {steps} steps of {BATCH_SIZE} each."
+        f"\nTest accuracy in percent: mean ± standard deviation over {seeds} seeds ({SUBSETS} times as many "
+        f"at {ALONE}), {steps} steps of {BATCH_SIZE} each."
     )
     print(f"To {BASELINE}: mean paired difference ± its standard error; *: the difference is larger than that.\n")
     print(format_table(results["accuracy"]))
     print(f"\n{results['who_saw_what']}")
+    for number, subset in enumerate(results["subsets"]):
+        print(
+            f"Subset {number}: a classifier of its {NUM_CLASSES * ALONE_DIGITS} digits names the class of "
+            f"{subset['single_class_named']:.1f} % of its generator's pictures under an all-white mask, and of "
+            f"{subset['test_named']:.1f} % of the test digits."
+        )
     seams = dict(results["seams"])
     print(f"\nSeams: jump across the mask's border over an ordinary pixel step, {seams.pop('items')} pictures each")
     for name, value in seams.items():
@@ -404,6 +447,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=cli.positive_int, default=500, metavar="N", help="training steps of each")
     parser.add_argument("--num_aug", type=cli.positive_int, default=1000, metavar="N", help="pictures a generated set")
     parser.add_argument(
+        "--generator_steps", type=cli.positive_int, default=3000, metavar="N", help="UNet steps of a generator"
+    )
+    parser.add_argument(
         "--work_dir", type=Path, default=Path("outputs/accuracy"), metavar="DIR", help="generated sets, label_fit.png"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all results (default: WORK_DIR/accuracy.json)")
@@ -412,6 +458,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    work_dir, num_aug = arguments.work_dir, arguments.num_aug
     transformers_logging.set_verbosity_error()
     digits = load_script(ROOT / "ckpts" / "digits" / "train.py")
     train_images, train_labels, test_images, test_labels = digits.load_split()
@@ -421,47 +468,54 @@ def main() -> None:
         for images, labels in ((train_images, train_labels), (test_images, test_labels))
     )
 
-    # Draw the pictures
-    folders = {name: arguments.work_dir / name for name in ("noisecutmix", "stable_diffusion", "stable_diffusion_aug")}
-    shared = ["--data_name=digits", f"--num_aug={arguments.num_aug}", f"--device={DEVICE}"]
-    augmentation_arguments = [*shared, f"--output_dir={folders['noisecutmix']}"]
-    options = cli.parse_augmentation(augmentation_arguments)
-    plan_arguments = (options.seed, NUM_CLASSES, options.alpha, options.resolution)
-    plan = Plan(*plan_arguments)
-    num_seams = min(MOST_SEAMS, arguments.num_aug)
-    print("NoiseCutMix pictures, by augmentation.py", flush=True)
-    draw_mixed(augmentation_arguments)
-    print("Stable Diffusion pictures of the target classes")
-    draw_single_class(
-        folders["stable_diffusion"], SingleClassPlan(*plan_arguments, "target"), arguments.num_aug, options
-    )
-    print("Stable Diffusion pictures of the aug classes, for the seams")
-    draw_single_class(folders["stable_diffusion_aug"], SingleClassPlan(*plan_arguments, "aug"), num_seams, options)
-    sets = {name: decode(AugmentedDataset(folders[name], to_input)) for name in ("noisecutmix", "stable_diffusion")}
+    # Draw with the bundled generator
+    print("Pictures of the bundled generator", flush=True)
+    sets, plan, options = draw_sets(work_dir, num_aug)
+    num_seams = min(MOST_SEAMS, num_aug)
+    draw_single_class(work_dir / "stable_diffusion_aug", "aug", num_seams, plan, options)  # for the seams
 
-    # Train and measure
+    # Train generators on few digits, and draw with them
+    alone = []
+    for subset in range(SUBSETS):
+        print(f"Generator of {ALONE_DIGITS} digits a class, subset {subset}", flush=True)
+        folder = work_dir / f"subset_{subset}"
+        model = train_generator(folder / "checkpoint", subset, arguments.generator_steps)
+        chosen = digits.choose_digits(train_labels, ALONE_DIGITS, subset)
+        alone.append(Trial(arguments.seeds, TensorDataset(*real[chosen]), draw_sets(folder, num_aug, *model)[0]))
+
+    # Train classifiers and measure
     print("Classifiers")
     torch.set_num_threads(1)  # so small a model is fastest so, and the figures do not depend on the number of cores
-    accuracies = measure_accuracies(real, test, sets, arguments.seeds, arguments.steps)
-    judge = train(real, None, None, seed=arguments.seeds, steps=arguments.steps)
-    items = list(plan.items(arguments.num_aug))
+    accuracies = measure_accuracies(plan_trials(real, sets, alone, arguments.seeds), test, arguments.steps)
+    judge, *subset_judges = (
+        train(trial.real, None, None, trial.seed, arguments.steps)
+        for trial in [Trial(arguments.seeds, real, sets), *alone]
+    )
+    items = list(plan.items(num_aug))
     results = {
         "seeds": arguments.seeds,
         "steps": arguments.steps,
-        "num_aug": arguments.num_aug,
+        "num_aug": num_aug,
         "augmented_share": AUGMENTED_SHARE,
         "who_saw_what": describe_exposure(len(real), len(test)),
         "accuracy": {column: summarize(values) for column, values in accuracies.items()},
-        "seams": compare_seams(folders, items[:num_seams], train_images, train_labels),
+        "subsets": [
+            {
+                "single_class_named": measure_accuracy(subset_judge, trial.sets["stable_diffusion"]),
+                "test_named": measure_accuracy(subset_judge, test),
+            }
+            for subset_judge, trial in zip(subset_judges, alone)
+        ],
+        "seams": compare_seams(work_dir, items[:num_seams], train_images, train_labels),
         "label_fit_classifier_accuracy": measure_accuracy(judge, test),
         "label_fit": measure_label_fit(judge, sets["noisecutmix"].tensors[0], items),
     }
 
     # Report
-    draw_label_fit(results["label_fit"]).save(arguments.work_dir / "label_fit.png")
+    draw_label_fit(results["label_fit"], work_dir / "label_fit.png")
     report(results)
-    print(f"\nwrote {arguments.work_dir / 'label_fit.png'}")
-    results_file = arguments.json or arguments.work_dir / "accuracy.json"
+    print(f"\nwrote {work_dir / 'label_fit.png'}")
+    results_file = arguments.json or work_dir / "accuracy.json"
     results_file.parent.mkdir(parents=True, exist_ok=True)
     results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote {results_file}")

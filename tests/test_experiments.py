@@ -59,6 +59,7 @@ def test_accuracy_prints_every_row(tmp_path):
         "--seeds=1",
         "--steps=2",
         "--num_aug=8",
+        "--generator_steps=4",
         folder=tmp_path,
     )
     for row in ("none", "MixUp", "CutMix", "Stable Diffusion", "NoiseCutMix"):

@@ -3,6 +3,7 @@
     uv run python ckpts/digits/train.py --output_dir=outputs/digits_checkpoint
     uv run python ckpts/digits/train.py --output_dir=outputs/digits_checkpoint --steps=30   # a quick try
 
+    uv run python ckpts/digits/train.py --output_dir=outputs/few --digits_a_class=20    # of 200 digits alone
     uv run python ckpts/digits/train.py --write_pictures=outputs/mirrored    # mirrored digits, to fine-tune on
 
 Three stages, each with its own bar: the autoencoder, the UNet with its text encoder, and, by ckpts/finetune.py, the
@@ -34,6 +35,7 @@ RESOLUTION = 32
 LORA_RANK = 10
 FINETUNE = Path(__file__).resolve().parent.parent / "finetune.py"
 EMPTY_PROMPT_SHARE = 0.1
+SHIFTS = (-2, 0, 2)  # pixels of the 32x32 picture
 
 
 def load_split():
@@ -51,6 +53,25 @@ def enlarge(images):
     """Turn (n, 8, 8) digits of 0 to 16 into (n, 32, 32) uint8 pictures (bicubic)."""
     pictures = [Image.fromarray(np.uint8(np.round(image * 255 / 16))) for image in images]
     return np.stack([np.asarray(picture.resize((RESOLUTION, RESOLUTION), Image.BICUBIC)) for picture in pictures])
+
+
+def choose_digits(labels, digits_a_class, subset=0):
+    """Return the indices of so many digits of each class; different subsets share none. Raises ValueError."""
+    first, last = subset * digits_a_class, (subset + 1) * digits_a_class
+    by_class = [np.flatnonzero(labels == label) for label in range(len(CLASS_NAMES))]
+    smallest = min(map(len, by_class))
+    if not 0 <= first < last <= smallest:
+        raise ValueError(f"no subset {subset} of {digits_a_class} digits a class: there are {smallest} of a class")
+    return np.concatenate([indices[first:last] for indices in by_class])
+
+
+def shift_all(pictures, labels):
+    """Return each (32, 32) picture moved in nine ways, black comes in, and their labels."""
+    margin = max(SHIFTS)
+    padded = np.pad(pictures, ((0, 0), (margin, margin), (margin, margin)))
+    corners = [(margin + down, margin + right) for down in SHIFTS for right in SHIFTS]
+    moved = [padded[:, top : top + RESOLUTION, left : left + RESOLUTION] for top, left in corners]
+    return np.concatenate(moved), np.tile(labels, len(moved))
 
 
 def write_tokenizer(folder):
@@ -208,22 +229,12 @@ def save_base(folder, pipe):
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
-def write_pictures(folder, images, labels):
-    """Write 8x8 digits as a user has pictures: PNG files of 32x32 in a folder a class."""
-    for number, (picture, label) in enumerate(zip(enlarge(images), labels)):
+def write_pictures(folder, pictures, labels):
+    """Write 32x32 pictures as a user has them: PNG files in a folder a class."""
+    for number, (picture, label) in enumerate(zip(pictures, labels)):
         class_folder = folder / CLASS_NAMES[label]
         class_folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(class_folder / f"{number:04d}.png")
-
-
-def choose_mirrored(digits_a_class):
-    """Return (images, labels) of the first `digits_a_class` training digits of each class, mirrored.
-
-    To the base model these are new: it knows digits the right way round.
-    """
-    images, labels, _, _ = load_split()
-    chosen = np.concatenate([np.flatnonzero(labels == label)[:digits_a_class] for label in range(len(CLASS_NAMES))])
-    return images[chosen, :, ::-1], labels[chosen]
 
 
 def finetune(base, pictures, output_dir, steps, seed):
@@ -252,37 +263,46 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/digits_checkpoint"))
     parser.add_argument("--steps", type=int, default=3000, help="UNet steps; the other stages scale with them")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--digits_a_class", type=int, metavar="N", help="train on so few, each also shifted")
+    parser.add_argument("--subset", type=int, default=0, metavar="K", help="which of the subsets of so few digits")
     parser.add_argument("--write_pictures", type=Path, metavar="DIR", help="write mirrored digits there, and stop")
-    parser.add_argument("--digits_a_class", type=int, default=20, help="of the mirrored digits")
     args = parser.parse_args()
+
+    images, labels, _, _ = load_split()
+    if args.digits_a_class:
+        try:
+            chosen = choose_digits(labels, args.digits_a_class, args.subset)
+        except ValueError as error:
+            parser.error(f"--digits_a_class: {error}")
+        images, labels = images[chosen], labels[chosen]
+    pictures = enlarge(images)
     if args.write_pictures:
-        write_pictures(args.write_pictures, *choose_mirrored(args.digits_a_class))
+        write_pictures(args.write_pictures, pictures[:, :, ::-1], labels)
         print(f"wrote {args.write_pictures}")
         return
-
-    train_images, train_labels, _, _ = load_split()
-    images = torch.from_numpy(enlarge(train_images)).float() / 127.5 - 1
-    images = images[:, None].repeat(1, 3, 1, 1)  # (n, 3, 32, 32)
-    labels = torch.from_numpy(train_labels)
+    if args.digits_a_class:
+        pictures, labels = shift_all(pictures, labels)
+    pixels = torch.from_numpy(pictures).float() / 127.5 - 1
+    pixels = pixels[:, None].repeat(1, 3, 1, 1)  # (n, 3, 32, 32)
     rng = torch.Generator().manual_seed(args.seed)
 
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)  # the layers' initial weights
-        vae = train_vae(images, max(1, args.steps // 5), rng)
-        latents = vae.encode(images).latent_dist.sample(generator=rng) * vae.config.scaling_factor  # (n, 4, 16, 16)
+        vae = train_vae(pixels, max(1, args.steps // 5), rng)
+        latents = vae.encode(pixels).latent_dist.sample(generator=rng) * vae.config.scaling_factor  # (n, 4, 16, 16)
 
         write_tokenizer(args.output_dir / "base" / "tokenizer")
         tokenizer = CLIPTokenizer.from_pretrained(args.output_dir / "base" / "tokenizer")
         scheduler = build_scheduler()
-        unet, text_encoder = train_base(latents, labels, tokenizer, scheduler, args.steps, rng)
+        unet, text_encoder = train_base(latents, torch.from_numpy(labels), tokenizer, scheduler, args.steps, rng)
         pipe = StableDiffusionPipeline(
             vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
         )
         save_base(args.output_dir / "base", pipe)
-    with tempfile.TemporaryDirectory() as pictures:
-        write_pictures(Path(pictures), train_images, train_labels)
+    with tempfile.TemporaryDirectory() as data_dir:
+        write_pictures(Path(data_dir), pictures, labels)
         checkpoint = args.output_dir / f"shot-1-lora-rank{LORA_RANK}"
-        finetune(args.output_dir / "base", pictures, checkpoint, max(1, args.steps * 4 // 15), args.seed)
+        finetune(args.output_dir / "base", data_dir, checkpoint, max(1, args.steps * 4 // 15), args.seed)
     print(f"wrote {args.output_dir}")
 
 
