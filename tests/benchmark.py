@@ -13,6 +13,12 @@ and what a GPU's costs are bound to be, computed without one:
 
     uv run python tests/benchmark.py --arch sd15 --device cuda --dry_run
 
+ckpts/finetune.py's trainer beside a plain loop (see benchmark_finetune.py), and what it costs a GPU:
+
+    uv run python tests/benchmark.py --finetune --arch digits --device cpu --batch_size 32
+    uv run python tests/benchmark.py --finetune --arch sd15 --device cpu --resolution 256 --batch_size 1 --steps 2
+    uv run python tests/benchmark.py --finetune --arch sd15 --device cuda --dry_run
+
 and what a data set costs by its size:
 
     uv run python tests/benchmark.py --scale
@@ -44,9 +50,10 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from benchmark_finetune import measure_finetune
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
-from dry_run import compute_drawing, describe
+from dry_run import compute_drawing, compute_training, describe, describe_training
 from PIL import Image
 from random_models import SHAPES, build
 from safetensors.torch import load_file
@@ -456,6 +463,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="default: 5; fewer only to try")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure, default: all")
     parser.add_argument("--dry_run", action="store_true", help="compute a GPU's costs without one; measures nothing")
+    parser.add_argument("--finetune", action="store_true", help="measure ckpts/finetune.py's trainer instead")
     parser.add_argument("--scale", action="store_true", help="what a data set costs by its size, up to a million items")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there too")
     options = parser.parse_args()
@@ -501,10 +509,16 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
 def dry_run(options: argparse.Namespace) -> None:
     shape, dtype = SHAPES[options.arch], options.dtype or "float16"
     resolution = options.resolution or shape.resolution
-    usages = compute_drawing(shape, getattr(torch, dtype), options.steps, resolution)
-    setup = f"{options.arch}, {dtype}, {options.steps} steps, {resolution}x{resolution}"
+    usages: list[Any]
+    if options.finetune:
+        usages = compute_training(shape, dtype, resolution)
+        text, steps = describe_training(usages), "fine-tuning"
+    else:
+        usages = compute_drawing(shape, getattr(torch, dtype), options.steps, resolution)
+        text, steps = describe(usages, getattr(torch, dtype)), f"{options.steps} steps"
+    setup = f"{options.arch}, {dtype}, {steps}, {resolution}x{resolution}"
     print(f"{setup}; torch {torch.__version__}, diffusers {diffusers.__version__}")
-    print(describe(usages, getattr(torch, dtype)))
+    print(text)
     if options.json:
         options.json.write_text(json.dumps([asdict(usage) for usage in usages], indent=2), encoding="utf-8")
 
@@ -516,6 +530,8 @@ def main() -> None:
         return dry_run(options)
     if options.scale:
         return print(measure_scale())
+    if options.finetune:
+        return measure_finetune(options)
     rows: list[Row] = []
     writer_rows: list[Row] = []
     measured: list[Row]

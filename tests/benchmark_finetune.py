@@ -1,9 +1,6 @@
 """Time ckpts/finetune.py's trainer beside a plain loop in Diff-Mix's order, side by side in one run.
 
-Run by hand; it downloads nothing. Each way has a process of its own, and they take turns:
-
-    uv run python tests/benchmark_finetune.py --arch digits --batch_size 32 --steps 20
-    uv run python tests/benchmark_finetune.py --arch sd15 --resolution 256 --batch_size 1 --steps 2 --dtype bfloat16
+`tests/benchmark.py --finetune` prints it. Each way has a process of its own, and they take turns.
 
 The plain loop: the VAE in every step, the whole token table trained with moments for each of its rows and the old rows
 copied back, attention without scaled_dot_product_attention. Both see the same pictures and the same noise.
@@ -31,6 +28,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from PIL import Image
+from random_models import SHAPES, build
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix.classes import load_classes, normalise
@@ -210,8 +208,6 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
     if options.arch == "digits":
         model, resolution = load_classes("digits").model, 32
     else:
-        from random_models import SHAPES, build
-
         build(folder, SHAPES[options.arch])
         model, resolution = str(folder / "base"), SHAPES[options.arch].resolution
     resolution = options.resolution or resolution
@@ -229,7 +225,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
         token_learning_rate=5e-5,
         lr_scheduler="constant",
         gradient_checkpointing=False,
-        dtype=options.dtype,
+        dtype=options.dtype or ("float16" if options.device == "cuda" else "float32"),
         seed=0,
     )
     return Setup(write_pictures(folder / "pictures", resolution), options.device, settings)
@@ -252,30 +248,17 @@ def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield f"\nlargest relative difference of the losses: {max(differences):.1e}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=("tiny", "digits", "sd15"), default="digits")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--resolution", type=int)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+def measure_finetune(options: argparse.Namespace) -> None:
+    """Print the table for benchmark.py's options."""
     with tempfile.TemporaryDirectory() as folder:
         setup = prepare(options, Path(folder))
         results = measure(setup, options.steps, options.repeats)
     settings = setup.settings
     print(
-        f"{options.arch} on {options.device}, {settings.dtype}: batch {settings.train_batch_size} of "
+        f"{options.arch} on {setup.device}, {settings.dtype}: batch {settings.train_batch_size} of "
         f"{settings.resolution}x{settings.resolution}, {options.repeats} times {options.steps} steps; "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
     )
     print("\n".join(table(results)))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

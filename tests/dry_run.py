@@ -1,20 +1,23 @@
-"""What drawing costs a GPU, computed without one: floating-point operations, memory, and bounds that follow from them.
+"""What drawing and fine-tuning cost a GPU, computed without one: operations, memory, and bounds that follow from them.
 
-`tests/benchmark.py --arch sd15 --device cuda --dry_run` prints it. Nothing in it is measured.
+`tests/benchmark.py --arch sd15 --device cuda --dry_run` prints it, for fine-tuning with `--finetune`. Nothing in it is
+measured.
 """
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from fake_card import FakeCard, build_generator, build_pipeline, can_fake_cuda
+from fake_training import SETTINGS, build_trainer, cuda_autocast
 from random_models import Shape
 
 GIGABYTE = 10**9
 TERAFLOP = 10**12
 BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+TRAIN_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 CARDS = (8, 12, 16, 24, 80)  # GB of memory
 # what a card needs besides live tensors: the CUDA context and the libraries' code; then, in proportion to the
 # activations, copies and workspaces inside the kernels, and what the allocator rounds up or cannot use again
@@ -55,6 +58,28 @@ class Usage:
         return needed_bytes(self.weights_bytes, max(self.loop_bytes, decoder_bytes)) <= card * GIGABYTE
 
 
+@dataclass(frozen=True)
+class TrainingUsage:
+    """What a training step costs: floating-point operations a picture, and bytes of live tensors.
+
+    weights_bytes: UNet, text encoder, what is trained and its moments; the VAE has left the card by then.
+    step_bytes: what a step needs beside them.
+    encoding_bytes: what encoding a batch needs beforehand, with the VAE's weights; nothing else comes on top but the
+        weights.
+    """
+
+    batch_size: int
+    gradient_checkpointing: bool
+    flops: float
+    weights_bytes: int
+    step_bytes: int
+    encoding_bytes: int
+
+    def fits(self, card: int) -> bool:
+        """Return whether a card of so many GB has room for it and for the reserve."""
+        return needed_bytes(self.weights_bytes, max(self.step_bytes, self.encoding_bytes)) <= card * GIGABYTE
+
+
 def needed_bytes(weights: int, activations: int) -> float:
     """Return the memory that a card should have, with the reserve."""
     return FIXED_RESERVE + weights + (1 + ACTIVATIONS_RESERVE) * activations
@@ -88,6 +113,77 @@ def compute_drawing(
                 )
             )
     return usages
+
+
+def compute_training(
+    shape: Shape, dtype: str, resolution: int, batch_sizes: Sequence[int] = TRAIN_BATCH_SIZES
+) -> list[TrainingUsage]:
+    """Train a step of each batch size on a fake card, as ckpts/finetune.py does, with and without checkpointing."""
+    usages = []
+    for gradient_checkpointing in (False, True):
+        for batch_size in batch_sizes:
+            settings = replace(
+                SETTINGS,
+                resolution=resolution,
+                train_batch_size=batch_size,
+                gradient_checkpointing=gradient_checkpointing,
+                dtype=dtype,
+            )
+            # on a "meta" device: for a backward pass on CUDA, PyTorch needs a driver
+            with tempfile.TemporaryDirectory() as folder, FakeCard("meta") as card:
+                trainer = build_trainer(card, shape, Path(folder), settings)
+                trainer.posteriors.encode(Path(folder) / "posteriors.bin")
+                most_while_encoding = max(card.peaks.values())
+                with cuda_autocast(getattr(torch, dtype)):
+                    trainer.step(0)  # makes the optimizer's moments
+                    card.start()
+                    trainer.step(1)
+                usages.append(
+                    TrainingUsage(
+                        batch_size,
+                        gradient_checkpointing,
+                        sum(card.flops.values()) / batch_size,
+                        card.weights,
+                        card.activations(),
+                        most_while_encoding - card.weights,
+                    )
+                )
+    return usages
+
+
+def describe_training(usages: list[TrainingUsage]) -> str:
+    """Return the tables."""
+    ways = {"off": False, "on": True}
+    by_way = {
+        name: [usage for usage in usages if usage.gradient_checkpointing == is_on] for name, is_on in ways.items()
+    }
+    lines = [
+        "Computed with fake tensors; nothing here is measured.",
+        "",
+        f"weights, moments and gradients of what is trained: {usages[-1].weights_bytes / GIGABYTE:.2f} GB",
+        "live tensors besides, at most:",
+        "",
+        *align(
+            ["--train_batch_size", "--gradient_checkpointing", "TFLOP a picture", "step (GB)", "encoding (GB)"],
+            *(
+                [str(usage.batch_size), name, f"{usage.flops / TERAFLOP:.2f}"]
+                + [f"{size / GIGABYTE:.2f}" for size in (usage.step_bytes, usage.encoding_bytes)]
+                for name, own in by_way.items()
+                for usage in own
+            ),
+        ),
+        "",
+        "Largest --train_batch_size by card, with the same reserve as for drawing:",
+        "",
+        *align(
+            ["--gradient_checkpointing", *(f"{card} GB" for card in CARDS)],
+            *(
+                [name, *(str(max((u.batch_size for u in own if u.fits(card)), default="none")) for card in CARDS)]
+                for name, own in by_way.items()
+            ),
+        ),
+    ]
+    return "\n".join(lines)
 
 
 def describe(usages: list[Usage], dtype: torch.dtype) -> str:

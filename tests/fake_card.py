@@ -239,6 +239,7 @@ def build_pipeline(card: FakeCard, shape: Shape, folder: Path, dtype: torch.dtyp
         components["text_encoder"].resize_token_embeddings(len(components["tokenizer"]), mean_resizing=False)
     scheduler = DPMSolverMultistepScheduler.from_config(components["scheduler"].config, final_sigmas_type="sigma_min")
     for name in ("unet", "vae", "text_encoder"):
+        components[name].eval().requires_grad_(False)
         place(components[name], card.device, dtype, channels_last=name != "text_encoder")
     pipe = NoiseCutMixPipeline(
         **{**components, "scheduler": scheduler},
@@ -268,18 +269,25 @@ def build_generator(pipe: NoiseCutMixPipeline, shape: Shape, folder: Path, **opt
         )
 
 
-def place(module: torch.nn.Module, device: str, dtype: torch.dtype, channels_last: bool) -> None:
-    """Put a module's weights on the card; `Module.to` refuses fake ones."""
-    module.eval().requires_grad_(False)
+def place(
+    module: torch.nn.Module, device: str, dtype: torch.dtype | None = None, channels_last: bool = False
+) -> dict[torch.Tensor, torch.Tensor]:
+    """Put a module's weights on the card, in another type where one is given; `Module.to` refuses fake ones.
+
+    Returns the new weights by the old ones.
+    """
+    placed: dict[torch.Tensor, torch.Tensor] = {}
     for child in module.modules():
         for name, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
             layout = torch.channels_last if channels_last and tensor.ndim == 4 else torch.contiguous_format
-            placed_dtype = dtype if tensor.is_floating_point() else tensor.dtype
-            placed = torch.empty(tensor.shape, dtype=placed_dtype, device=device, memory_format=layout)
+            placed_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            new = torch.empty(tensor.shape, dtype=placed_dtype, device=device, memory_format=layout)
             if name in child._parameters:
-                child._parameters[name] = torch.nn.Parameter(placed, requires_grad=False)
+                child._parameters[name] = new = torch.nn.Parameter(new, tensor.requires_grad)
             else:
-                child._buffers[name] = placed
+                child._buffers[name] = new
+            placed[tensor] = new
+    return placed
 
 
 def watch_pipeline(card: FakeCard, pipe: NoiseCutMixPipeline) -> None:

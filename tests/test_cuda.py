@@ -4,16 +4,26 @@ The fake card (tests/fake_card.py) raises an error for an operand on another dev
 and for anything that the host reads from the card within the denoising loop. So each test that draws holds these too.
 """
 
+import contextlib
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from dry_run import compute_drawing, describe
+from dry_run import compute_drawing, compute_training, describe
 from fake_card import FakeCard, HostRead, WrongType, build_generator, build_pipeline, can_fake_cuda
-from random_models import SHAPES
+from fake_training import SETTINGS, cuda_autocast
+from PIL import Image
+from random_models import SHAPES, build
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from noisecutmix.launch import Launch
+from noisecutmix.photos import find_photos
+from noisecutmix.training import Trainer, create_accelerator
 
 BATCH = 3
 STEPS = 2
@@ -252,24 +262,73 @@ def test_live_memory_is_counted_from_birth_to_death():
             torch.zeros(1000, 3, device="meta")
 
 
-def test_a_training_step_takes_less_memory_and_more_work_with_gradient_checkpointing(tmp_path):
-    """On a "meta" device: for a backward pass on CUDA, PyTorch needs a driver."""
-    costs = []
-    with FakeCard("meta") as card:
-        unet = build_pipeline(card, SHAPES["tiny"], tmp_path, torch.float32).unet.train()
-        unet.requires_grad_(True)
-        for checkpoints in (False, True):
-            unet.zero_grad()
-            if checkpoints:
-                unet.enable_gradient_checkpointing()
-            card.start()
-            latents, embeds = torch.zeros(8, 4, 16, 16, device="meta"), torch.zeros(8, 24, 32, device="meta")
-            unet(latents, torch.zeros(8, device="meta"), embeds).sample.square().mean().backward()
-            costs.append((card.activations(), sum(card.flops.values())))
-    (plain_bytes, plain_flops), (bytes_with, flops_with) = costs
-    gradients = sum(parameter.numel() * 4 for parameter in unet.parameters())
-    assert gradients < bytes_with < plain_bytes
-    assert 1.2 * plain_flops < flops_with < 1.4 * plain_flops  # forward, backward of twice that; forward again
+def test_a_training_step_costs_what_a_real_one_does(tmp_path):
+    build(tmp_path, SHAPES["tiny"])
+    settings = replace(SETTINGS, model=str(tmp_path / "base"))
+    for label in range(2):
+        (tmp_path / "photos" / str(label)).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "photos" / str(label) / "0.png")
+    trainer = Trainer(settings, find_photos(tmp_path / "photos"), create_accelerator("cpu", "float32", Launch()))
+    trainer.posteriors.encode(tmp_path / "posteriors.bin")
+    with FlopCounterMode(display=False) as counter:
+        trainer.step(0)
+    usage, usage_with = compute_training(SHAPES["tiny"], "float32", 32, batch_sizes=(settings.train_batch_size,))
+    assert usage.flops == pytest.approx(counter.get_total_flops() / settings.train_batch_size, **WITHIN_ONE_PERCENT)
+    assert usage.step_bytes > 1.5 * usage_with.step_bytes
+    assert 1.2 * usage.flops < usage_with.flops < 1.4 * usage.flops  # forward and backward, then forward again
+    # nothing but the LoRA and the tokens has moments
+    frozen = sum(weight.numel() * 4 for model in ("unet", "text_encoder") for weight in load_weights(tmp_path, model))
+    trained = trainer.rows.numel() + sum(half.numel() for halves in trainer.lora.values() for half in halves)
+    assert usage.weights_bytes == pytest.approx(frozen + 3 * 4 * trained, **WITHIN_ONE_PERCENT)
+
+
+def load_weights(folder, model):
+    (file,) = (folder / "base" / model).glob("*.safetensors")
+    return load_file(file).values()
+
+
+def test_training_in_half_precision_takes_half_of_the_memory():
+    whole, half = (compute_training(SHAPES["tiny"], dtype, 32, (8,))[0] for dtype in ("float32", "float16"))
+    assert half.flops == whole.flops
+    assert half.weights_bytes < 0.75 * whole.weights_bytes  # what is trained stays in float32
+    assert 0.5 * whole.step_bytes < half.step_bytes < whole.step_bytes  # normalisation runs in float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_operators_run_in_the_types_of_autocast_on_cuda(dtype):
+    """Checked where PyTorch fakes a CUDA device; the trainer's backward pass needs the stand-in."""
+    if not can_fake_cuda():
+        pytest.skip("this PyTorch does not fake CUDA")
+    functional = torch.nn.functional
+
+    def run(device):
+        pictures, rows = torch.ones(2, 4, 8, 8, device=device), torch.ones(2, 8, device=device)
+        kernel, matrix = torch.ones(4, 4, 3, 3, device=device), torch.ones(8, 8, device=device)
+        halves = pictures.to(dtype), rows.to(dtype)
+        results = [functional.conv2d(pictures, kernel), functional.linear(rows, matrix)]
+        results += [functional.group_norm(halves[0], 2), functional.layer_norm(halves[1], (8,))]
+        results += [functional.mse_loss(halves[1], halves[1]), functional.silu(halves[1]), functional.gelu(rows)]
+        return [result.dtype for result in results]
+
+    with FakeCard("cuda"), autocast_without_a_driver(dtype):
+        expected = run("cuda")
+    with FakeCard("meta"), cuda_autocast(dtype):
+        assert run("meta") == expected
+    assert {dtype, torch.float32} == set(expected)
+
+
+@contextlib.contextmanager
+def autocast_without_a_driver(dtype):
+    """Switch on what torch.autocast("cuda") switches on; it does nothing where there is no GPU."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
 
 
 def test_the_dry_run_prints_a_row_for_each_batch():
