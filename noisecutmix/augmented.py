@@ -42,8 +42,7 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         self.transform = transform
         self._soft_labels: np.ndarray | None = None
         try:
-            num_items, self._command = self._read_run()
-            self._check_files(num_items)
+            self._check_files(self._read_run())
         except OSError as error:
             raise InputError(f"{error.filename or self.root} cannot be read: {error.strerror}") from error
 
@@ -89,25 +88,24 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
     def _file_name(self, index: int) -> str:
         return item_file_name("image", index, len(self))
 
-    def _read_run(self) -> tuple[int, str]:
-        """Return how many items run.json plans, and the command that completes them in this folder."""
+    def _read_run(self) -> int:
+        """Return how many items run.json plans, and set the command that completes them in this folder."""
         try:
             run = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
-            num_items, words = run["num_aug"], run["runs"][-1]["command"]
+            num_items: int = run["num_aug"]
+            words = run["runs"][-1]["command"]
             if not is_whole_number(num_items) or not isinstance(words, list) or not words:
                 raise TypeError
             # the folder may be a copy: the command has to repair this folder, not the original
             words = [w for last, w in zip(["", *words], words) if "--output_dir" not in (last, w.partition("=")[0])]
-            command = shlex.join([*words, f"--output_dir={self.root}"])
-            if run.get("is_cleared") is False:  # the files may still be those of the overwritten data set
-                raise InputError(f"{self.root}: the data set is being overwritten; continue with: {command}")
-            return num_items, command
+            self._command = shlex.join([*words, f"--output_dir={self.root}"])
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{self.root} has no run.json; it is not a data set of augmentation.py") from error
-        except InputError:
-            raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{self.root}: run.json is not as augmentation.py writes it") from error
+        if run.get("is_cleared") is False:  # the files may still be those of the overwritten data set
+            raise self._unfit("the data set is being overwritten", "continue")
+        return num_items
 
     def _check_files(self, num_items: int) -> None:
         """Raise an InputError if a file is missing, or the files do not fit each other."""
@@ -174,12 +172,12 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         Range(float, 0, 1).check("probability", probability)
         Range(int, 1).check("num_classes", num_classes)
         Range(int, 0).check("seed", seed)
-        self.real: Any = real  # torch's Dataset declares no length
-        self.augmented: Any = augmented
-        if probability > 0 and not len(self.augmented):
+        if probability > 0 and not len(augmented):  # type: ignore[arg-type]  # torch's Dataset declares no length
             raise InputError("`augmented` is empty.")
         if getattr(augmented, "num_classes", num_classes) != num_classes:
             raise InputError(f"`num_classes` is {num_classes} but the augmented labels have another number of classes.")
+        self.real: Any = real
+        self.augmented: Any = augmented
         self.probability = probability
         self.num_classes = num_classes
         self.seed = seed

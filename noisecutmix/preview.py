@@ -67,17 +67,11 @@ def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.
 
 def _outline(grid: Image.Image, item: Item, size: tuple[int, int], left: int, top: int) -> None:
     """Draw the outline of an item's box onto its picture, which is scaled from `size` and lies at (left, top)."""
-    x_scale, y_scale = SIDE / size[0], SIDE / size[1]
     box_left, box_top, box_right, box_bottom = item.box
-    if box_right <= box_left or box_bottom <= box_top:
-        return
-    outline = (
-        left + round(box_left * x_scale),
-        top + round(box_top * y_scale),
-        left + max(round(box_right * x_scale) - 1, round(box_left * x_scale)),
-        top + max(round(box_bottom * y_scale) - 1, round(box_top * y_scale)),
-    )
-    ImageDraw.Draw(grid).rectangle(outline, outline=TARGET_COLOR, width=3)
+    if box_left < box_right and box_top < box_bottom:
+        x0, y0, x1, y1 = (round(edge * SIDE / side) for edge, side in zip(item.box, size + size))
+        outline = (left + x0, top + y0, left + max(x1 - 1, x0), top + max(y1 - 1, y0))
+        ImageDraw.Draw(grid).rectangle(outline, outline=TARGET_COLOR, width=3)
 
 
 def _fit_caption(start: str, class_name: str, label: int) -> tuple[str, Font]:
