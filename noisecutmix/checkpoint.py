@@ -188,9 +188,8 @@ def _read_lora(file: Path, settings_file: Path) -> tuple[Tensors, dict[str, Any]
     try:
         if settings is None and settings_file.exists():
             file, settings = settings_file, settings_file.read_text(encoding="utf-8")
-        settings = None if settings is None else json.loads(settings)
-        # diffusers writes "unet." before every name, peft does not
-        settings = settings and {name.removeprefix("unet."): value for name, value in settings.items()}
+        if settings is not None:  # diffusers writes "unet." before every name, peft does not
+            settings = {name.removeprefix("unet."): value for name, value in json.loads(settings).items()}
     except (OSError, ValueError, AttributeError) as error:
         raise _refusal(file, f": the LoRA's settings cannot be read: {first_line(error)}") from error
     return tensors, settings
@@ -203,12 +202,12 @@ def _fuse_lora(unet: Any, tensors: Tensors, settings: dict[str, Any] | None, fil
     if not lora:
         raise _refusal(file, " holds no LoRA tensor")
     ranks: dict[str, int] = {}
-    for place, half in lora.items():
+    for place, matrix in lora.items():
         layer, _, side = place.partition(".lora_")
-        if side in ("A.weight", "B.weight") and half.ndim > 1:  # down (rank, in, …) and up (out, rank, …)
-            rank = half.shape[0 if side == "A.weight" else 1]
+        if side in ("A.weight", "B.weight") and matrix.ndim > 1:  # down (rank, in, …) and up (out, rank, …)
+            rank = matrix.shape[0 if side == "A.weight" else 1]
             if ranks.setdefault(layer, rank) != rank:
-                raise _refusal(file, f": {place} has rank {rank}, which does not fit its other half")
+                raise _refusal(file, f": {place} has rank {rank}, but the other matrix of its layer has not")
     if settings is None:
         settings = {  # "^", since peft would also apply a pattern to longer names that end with it
             "rank_pattern": {f"^{layer}": rank for layer, rank in ranks.items()},

@@ -160,7 +160,7 @@ class NoiseCutMixGenerator:
     def draw(self, items: Sequence[Item]) -> list[Image.Image]:
         """Return the items' pictures, RGB, in order.
 
-        When the device is out of memory, the batch size is halved for good and the batch is tried again.
+        When the device is out of memory, the batch size is halved permanently and the batch is tried again.
 
         Raises:
             ValueError: the items have several resolutions.
