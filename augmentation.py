@@ -1,4 +1,4 @@
-"""Build a data set: image/, mask/, metadata.jsonl, soft_label.npy. The same command goes on after a stop.
+"""Build a data set: image/, mask/, metadata.jsonl, soft_label.npy. The same command continues after a stop.
 
 python augmentation.py --data_name=digits --num_aug=32 --output_dir=outputs/digits
 accelerate launch --num_processes=8 augmentation.py --data_name=cub --num_aug=10000
@@ -22,7 +22,7 @@ def main() -> None:
     launch = Launch()
     device = choose_device(options.device)
 
-    # heavy imports, once the arguments are known to be good
+    # slow imports, once the arguments are checked
     import numpy as np
 
     from noisecutmix import record
@@ -31,7 +31,7 @@ def main() -> None:
 
     plan = Plan(options.seed, len(options.classes.names), options.alpha, options.resolution)
     folder = OutputFolder(options.output_dir, plan, options.num_aug, options.classes.names)
-    # blocks of indices, drawn as one batch each; this process draws every n-th block, n being the number of processes
+    # each block of indices is drawn as one batch; of n processes, each draws every n-th block
     blocks = np.arange(options.num_aug) // options.batch_size
     share = np.flatnonzero(blocks % launch.count == launch.rank)
 
@@ -46,7 +46,7 @@ def main() -> None:
             if not is_complete:
                 from noisecutmix.generator import create_generator
 
-                # before anything is written: model and checkpoint may be wrong
+                # loaded before anything is written, since model and checkpoint may be wrong
                 generator = create_generator(options, device, plan)
                 if launch.is_main:
                     folder.begin(shape, record.describe_run(options, device), options.overwrite)
@@ -67,9 +67,9 @@ def draw_missing(
     batch_size: int,
     verify: bool,
 ) -> None:
-    """Draw each block of this share in which an item is missing, whole, and write what is missing of it.
+    """Draw each block of this share in which an item is missing, and write only its missing items.
 
-    An item is always drawn in the same company, so its bytes do not depend on what an earlier run left.
+    Blocks are always drawn completely, so that a picture's bytes do not depend on what an earlier run left.
     """
     from tqdm import tqdm
 

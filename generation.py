@@ -12,11 +12,11 @@ from noisecutmix.pictures import PictureFolder
 def main() -> None:
     options = cli.parse_generation()
     if not Launch().is_main:
-        return  # a launch of several processes draws once
+        return  # in a launch of several processes only one draws
     folder = PictureFolder(options.output_dir, options.num_gen)
     device = choose_device(options.device)
 
-    # heavy imports, once the arguments are known to be good
+    # slow imports, once the arguments are checked
     from PIL import Image
     from tqdm import tqdm
 

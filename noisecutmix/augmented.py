@@ -1,4 +1,4 @@
-"""An output folder as a torch data set, alone and mixed with real pictures."""
+"""Output folders as torch data sets, alone and mixed with real pictures."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from .errors import InputError
+from .labels import count_digits, item_file_name
 from .ranges import Range, is_whole_number
 
 LARGEST_SUM_ERROR = 0.01  # of a soft label; float16 of 200 classes stays well below
@@ -24,8 +25,8 @@ LARGEST_SUM_ERROR = 0.01  # of a soft label; float16 of 200 classes stays well b
 class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
     """The pictures and soft labels of a folder that `augmentation.py` completed.
 
-    Item i is (image, soft label): the label is float32, (num_classes,), sum 1. The label array is memory-mapped and
-    file names follow from the index, so a DataLoader's workers take no memory for either.
+    Item i is (image, soft label): the label is float32, (num_classes,), sum 1. Labels are memory-mapped and file names
+    are computed from the index, so a DataLoader's workers need no memory for either.
 
     Args:
         root: the output folder.
@@ -33,16 +34,15 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
 
     Raises:
         InputError: the folder is not a data set, cannot be read, is not complete (the message says how many items are
-            done), or its files do not agree. The message gives the command that mends it.
+            done), or its files do not fit each other. The message gives the command that repairs it.
     """
 
     def __init__(self, root: str | Path, transform: Callable[[Image.Image], Any] | None = None):
-        self.root = Path(root).absolute()  # a later change of the working directory does not matter
+        self.root = Path(root).absolute()  # so that the working directory may change later
         self.transform = transform
         self._soft_labels: np.ndarray | None = None
         try:
-            num_items, self._command = self._read_run()
-            self._check_files(num_items)
+            self._check_files(self._read_run())
         except OSError as error:
             raise InputError(f"{error.filename or self.root} cannot be read: {error.strerror}") from error
 
@@ -52,11 +52,11 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         if self._soft_labels is None:
             try:
                 labels = np.load(self.root / "soft_label.npy", mmap_mode="r", allow_pickle=False)
-                if labels.ndim != 2 or labels.dtype != np.float32:
+                if labels.ndim != 2 or not len(labels) or labels.dtype != np.float32:
                     raise ValueError(f"it holds {labels.dtype} of the shape {labels.shape}")
             except OSError:
                 raise
-            except Exception as error:  # numpy fails on a damaged header in many ways, which all mean the same
+            except Exception as error:  # numpy raises many kinds of errors for a damaged header
                 raise self._unfit("soft_label.npy is damaged") from error
             self._soft_labels = labels
         return self._soft_labels
@@ -86,65 +86,56 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         return state
 
     def _file_name(self, index: int) -> str:
-        return f"image/gen_{index:0{self._num_digits}d}.png"
+        return item_file_name("image", index, len(self))
 
-    def _read_run(self) -> tuple[int, str]:
-        """Return how many items run.json plans, and the command that completes them in this folder."""
+    def _read_run(self) -> int:
+        """Return how many items run.json plans, and set the command that completes them in this folder."""
         try:
             run = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
-            num_items, words = run["num_aug"], run["runs"][-1]["command"]
+            num_items: int = run["num_aug"]
+            words = run["runs"][-1]["command"]
             if not is_whole_number(num_items) or not isinstance(words, list) or not words:
                 raise TypeError
-            # the folder may be a copy: the command has to mend this one, not the one that it was written for
+            # the folder may be a copy: the command has to repair this folder, not the original
             words = [w for last, w in zip(["", *words], words) if "--output_dir" not in (last, w.partition("=")[0])]
-            command = shlex.join([*words, f"--output_dir={self.root}"])
-            if run.get("is_cleared") is False:  # the files may still be those of the data set that it replaces
-                raise InputError(f"{self.root}: the data set is being overwritten; go on with: {command}")
-            return num_items, command
+            self._command = shlex.join([*words, f"--output_dir={self.root}"])
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{self.root} holds no run.json of augmentation.py; it is no data set of ours") from error
-        except InputError:
-            raise
+            raise InputError(f"{self.root} has no run.json; it is not a data set of augmentation.py") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{self.root}: run.json is not as augmentation.py writes it") from error
+        if run.get("is_cleared") is False:  # the files may still be those of the overwritten data set
+            raise self._unfit("the data set is being overwritten", "continue")
+        return num_items
 
     def _check_files(self, num_items: int) -> None:
-        """Refuse files that are missing or do not agree."""
+        """Raise an InputError if a file is missing, or the files do not fit each other."""
         if not all((self.root / name).is_file() for name in ("metadata.jsonl", "soft_label.npy")):
             done = sum(1 for _ in (self.root / "image").glob("gen_*.png"))
-            raise self._unfit(f"the data set is not complete, {done} of {num_items} items are done", "go on")
-        num_rows, self._num_digits = self._read_metadata()
-        if len(self) != num_rows:
-            raise self._unfit(f"soft_label.npy has {len(self)} rows, metadata.jsonl {num_rows}")
+            raise self._unfit(f"the data set is not complete, {done} of {num_items} items are done", "continue")
+        num_labels, num_digits, num_rows = len(self), count_digits(len(self)), 0
+        try:
+            with open(self.root / "metadata.jsonl", "rb") as lines:
+                for num_rows, line in enumerate(lines, start=1):
+                    name = b"image/gen_%0*d.png" % (num_digits, num_rows - 1)
+                    # most lines are as augmentation.py wrote them, and need not be parsed as JSON
+                    is_as_written = line.startswith(b'{"file_name": "%s", "' % name) and line.endswith(b"}\n")
+                    if not is_as_written and json.loads(line)["file_name"] != name.decode():
+                        raise ValueError(f"row {num_rows} is not of {name.decode()}")
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._unfit("metadata.jsonl is damaged") from error
+        if num_labels != num_rows:
+            raise self._unfit(f"soft_label.npy has {num_labels} rows, metadata.jsonl {num_rows}")
         is_there = np.zeros(num_rows, dtype=bool)
-        picture = re.compile(rf"gen_([0-9]{{{self._num_digits}}})\.png")
+        picture = re.compile(rf"gen_([0-9]{{{num_digits}}})\.png")
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root / "image") as entries:
-            for entry in entries:  # one listing of the folder is cheaper than a look at each file
+            for entry in entries:  # to list the folder once is cheaper than to look for each file
                 match = picture.fullmatch(entry.name)
                 if match and int(match[1]) < num_rows and entry.is_file():
                     is_there[int(match[1])] = True
         if not is_there.all():
             raise self._unfit(f"{self._file_name(int(is_there.argmin()))} is missing")
 
-    def _read_metadata(self) -> tuple[int, int]:
-        """Return the number of rows and of digits; row i has to be of picture i."""
-        num_rows = 0
-        try:
-            with open(self.root / "metadata.jsonl", "rb") as lines:
-                first = re.fullmatch(r"image/gen_(0+)\.png", json.loads(lines.readline())["file_name"])
-                num_digits = len(first[1] if first else "")
-                lines.seek(0)
-                for num_rows, line in enumerate(lines, start=1):
-                    name = b"image/gen_%0*d.png" % (num_digits, num_rows - 1)
-                    # nearly all lines are as they were written, which is known without reading them as JSON
-                    is_as_written = line.startswith(b'{"file_name": "%s", "' % name) and line.endswith(b"}\n")
-                    if not is_as_written and json.loads(line)["file_name"] != name.decode():
-                        raise ValueError(f"row {num_rows} is not of {name.decode()}")
-        except (ValueError, LookupError, TypeError) as error:
-            raise self._unfit("metadata.jsonl is damaged") from error
-        return num_rows, num_digits
-
-    def _unfit(self, problem: str, remedy: str = "mend") -> InputError:
+    def _unfit(self, problem: str, remedy: str = "repair") -> InputError:
         return InputError(f"{self.root}: {problem}; {remedy} with: {self._command}")
 
 
@@ -152,18 +143,18 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
     """Real pictures, each replaced by a random augmented one with a given probability, as in Diff-Mix's training.
 
     Item i is (image, soft label float32 (num_classes,)), so `torch.nn.functional.cross_entropy(logits, soft_labels)`
-    takes every batch. What item i is depends on the seed, the epoch, i, and how often i was drawn since `set_epoch`,
-    and on nothing else: neither on the process nor on a DataLoader's workers or order.
+    takes every batch. Item i depends only on the seed, the epoch, i, and how often i was drawn since `set_epoch`, but
+    not on the process or on a DataLoader's workers and order.
 
     Args:
         real: a data set of (image, label), the label a class number or a soft label (num_classes,).
         augmented: a data set of (image, soft label), transformed as `real` is.
         probability: of an augmented item, 0 to 1.
         num_classes: the length of the soft labels.
-        seed: at least 0; decides what is replaced and by what.
+        seed: at least 0; determines which pictures are replaced, and by which.
 
     Raises:
-        ValueError: an argument has a wrong type or range, there is nothing to draw, or a label does not fit.
+        ValueError: an argument has a wrong type or range, `augmented` is empty, or a label does not fit.
     """
 
     def __init__(
@@ -181,12 +172,12 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         Range(float, 0, 1).check("probability", probability)
         Range(int, 1).check("num_classes", num_classes)
         Range(int, 0).check("seed", seed)
-        if probability > 0 and not _length(augmented):
+        if probability > 0 and not len(augmented):  # type: ignore[arg-type]  # torch's Dataset declares no length
             raise InputError("`augmented` is empty.")
         if getattr(augmented, "num_classes", num_classes) != num_classes:
             raise InputError(f"`num_classes` is {num_classes} but the augmented labels have another number of classes.")
-        self.real = real
-        self.augmented = augmented
+        self.real: Any = real
+        self.augmented: Any = augmented
         self.probability = probability
         self.num_classes = num_classes
         self.seed = seed
@@ -195,20 +186,20 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch, as with DistributedSampler; call it in every process, before the DataLoader is iterated.
 
-        It reaches a DataLoader's running workers, too. A training that goes on at epoch e draws what one without an
-        interruption draws there. Without it, epochs of one process still differ, by how often each item was drawn.
+        It also reaches a DataLoader's running workers. A training that is resumed at epoch e draws the same as an
+        uninterrupted one. Without this call, the epochs of one process still differ, since the draws are counted.
 
         Args:
             epoch: its number, at least 0.
         """
         Range(int, 0).check("epoch", epoch)
-        if self._process != os.getpid():  # this process is a rank that was given the data set by its launcher
+        if self._process != os.getpid():  # a rank that got the data set from its launcher needs its own counts
             self._share_counts()
         self._counts[0] = epoch
         self._counts[1:] = 0
 
     def __len__(self) -> int:
-        return _length(self.real)
+        return len(self.real)
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
         index = _position(index, len(self))
@@ -216,17 +207,17 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         self._counts[1 + index] += 1
         rng = np.random.default_rng([self.seed, epoch, index, draws])
         if rng.random() < self.probability:
-            image, label = self.augmented[int(rng.integers(_length(self.augmented)))]
+            image, label = self.augmented[int(rng.integers(len(self.augmented)))]
         else:
             image, label = self.real[index]
         return image, self._soften(label)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._counts.share_memory_()  # a copy's counts would lie in memory of its own
+        self._counts.share_memory_()  # the counts of a copy are not shared yet
 
     def _share_counts(self) -> None:
-        """Make the epoch and, behind it, how often each item was drawn in it: in memory that workers share."""
+        """Set the epoch (element 0) and how often each item was drawn in it to 0, in memory that workers share."""
         counts = torch.zeros(1 + len(self), dtype=torch.int64)
         self._counts = counts.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._process = os.getpid()
@@ -235,7 +226,7 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         wrong = f"a label has to be a class below {self.num_classes} or that many shares of sum 1, not {label_or_class}"
         try:
             label: torch.Tensor = torch.as_tensor(label_or_class)
-        except (TypeError, ValueError, RuntimeError) as error:  # no number, for one
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(wrong) from error
         is_class = label.ndim == 0 and not label.is_floating_point() and label.dtype != torch.bool
         if is_class and 0 <= label < self.num_classes:
@@ -246,13 +237,9 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
 
 
 def _position(index: int, length: int) -> int:
-    """Return an index from 0 on; a negative one counts from the end."""
+    """Return an index of 0 or more; a negative one counts from the end."""
     if not hasattr(index, "__index__") or isinstance(index, bool):
         raise TypeError(f"`index` has to be a whole number but is {index!r}; torch.utils.data.Subset takes several.")
     if not -length <= index < length:
-        raise IndexError(f"`index` has to lie below {length} but is {index}.")
+        raise IndexError(f"`index` has to be below {length} but is {index}.")
     return int(index) % length
-
-
-def _length(data_set: Any) -> int:
-    return len(data_set)

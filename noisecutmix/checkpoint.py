@@ -1,4 +1,4 @@
-"""Read a Diff-Mix checkpoint (UNet LoRA and learned tokens) and put it into a pipeline."""
+"""Read and write Diff-Mix checkpoints: a UNet LoRA and learned tokens."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from .files import atomic_file
 from .quiet import quiet_libraries
 from .sources import ADAPTER_FILE, find_checkpoint_files, find_model
 
-with quiet_libraries():  # transformers warns of packages that are not needed here
+with quiet_libraries():  # transformers warns of missing packages that are not needed here
     from diffusers import DPMSolverMultistepScheduler
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft import get_peft_model_state_dict
@@ -36,22 +36,23 @@ def load_pipeline(
 ) -> NoiseCutMixPipeline:
     """Load a Stable Diffusion model and a Diff-Mix checkpoint, ready to draw.
 
-    The LoRA is fused into the UNet in float32, then everything is cast; no adapter stays. The scheduler is DPM-Solver++
-    ending at `sigma_min`, as in the method's first implementation. There is no safety checker.
+    The LoRA is fused into the UNet in float32, then all weights are cast; no adapter is left. The scheduler is
+    DPM-Solver++ ending at `sigma_min`, as in the method's first implementation. There is no safety checker.
 
     Args:
         model: a local diffusers folder or a hub id, also "id@revision". Safetensors are preferred; `.bin` files are
-            read too, with `weights_only=True`.
+            also read, with `weights_only=True`.
         ckpt_path: a folder with `learned_embeds-steps-last.bin` and `pytorch_lora_weights.safetensors` (or `.bin`). An
             `adapter_config.json` beside them, as peft writes it, gives the LoRA's strength.
         device: where to draw.
         dtype: float16, bfloat16 or float32, as a torch.dtype or its name; None is float16 on cuda, else float32.
 
     Returns:
-        The pipeline. `name2placeholder` maps class names ('/' and '_' are spaces) to tokens, `placeholder2name` back.
+        The pipeline. Its `name2placeholder` maps class names, with spaces for '/' and '_', to tokens;
+        `placeholder2name` maps tokens to class names.
 
     Raises:
-        InputError: the device is not there, the model or the checkpoint cannot be read, or they do not fit each other.
+        InputError: the device cannot be used, model or checkpoint cannot be read, or they do not fit each other.
     """
     device = _find_device(device)
     if dtype is None:
@@ -60,11 +61,10 @@ def load_pipeline(
     if dtype not in DTYPES.values():
         raise InputError(f"`dtype`: has to be {', '.join(DTYPES)} or None, not {dtype!r}")
     lora_file, embeddings_file, settings_file = find_checkpoint_files(Path(ckpt_path))
-    with quiet_libraries():
-        embeddings, name2placeholder = _read_embeddings(embeddings_file)
-        lora, settings = _read_lora(lora_file, settings_file)
     # torch and peft fill new weights with random numbers, from the global generator
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        embeddings, name2placeholder = _read_embeddings(embeddings_file)
+        lora, settings = _read_lora(lora_file, settings_file)
         pipe = load_base_model(str(model), prefers_half=dtype == torch.float16)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, final_sigmas_type="sigma_min")
         _add_tokens(pipe, embeddings, embeddings_file)
@@ -77,7 +77,9 @@ def load_pipeline(
 
 
 def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
-    """Load a Stable Diffusion model (see `load_pipeline`) in float32, on the CPU. It warns, and draws random numbers.
+    """Load a Stable Diffusion model (see `load_pipeline`) in float32, on the CPU.
+
+    The libraries may print warnings, and use the global random state.
 
     Raises:
         InputError: the model cannot be read.
@@ -100,10 +102,10 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
 
 
 def _find_device(device: str | torch.device) -> torch.device:
-    """Return the device if a tensor can be made on it and read back from it."""
+    """Return the device, after a test that a tensor can be created there and copied back."""
     try:
         if not isinstance(device, (str, torch.device)):
-            raise TypeError("it has to be a name as 'cuda:0', or a torch.device")
+            raise TypeError("it has to be a name such as 'cuda:0', or a torch.device")
         found = torch.device(device)
         torch.empty(1, device=found).cpu()
     except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without CUDA
@@ -116,18 +118,18 @@ def _refusal(file: Path, reason: str) -> InputError:
 
 
 def _load_pickle(file: Path) -> Any:
-    """Return what a file of torch.save holds; only tensors and plain containers are unpickled."""
+    """Return the content of a file that torch.save wrote; only tensors and plain containers are unpickled."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile pickle fails in many ways, and each means the same
-        raise _refusal(file, " is no pickle of tensors alone, it was not loaded") from error
+    except Exception as error:  # a damaged or malicious pickle can raise any error
+        raise _refusal(file, " is not a pickle that holds only tensors, so it was not loaded") from error
 
 
 def _read_embeddings(file: Path) -> tuple[Tensors, dict[str, str]]:
     """Return (embedding by token, token by class name)."""
     content = _load_pickle(file)
     if not isinstance(content, dict):
-        raise _refusal(file, " holds no dictionary; Diff-Mix writes learned_embeds_dict into it")
+        raise _refusal(file, " holds no dictionary; Diff-Mix writes one with learned_embeds_dict")
     embeddings, name2placeholder = content.get("learned_embeds_dict"), content.get("name2placeholder")
     if not isinstance(embeddings, dict) or not isinstance(name2placeholder, dict) or not embeddings:
         raise _refusal(file, " lacks learned_embeds_dict or name2placeholder")
@@ -135,19 +137,19 @@ def _read_embeddings(file: Path) -> tuple[Tensors, dict[str, str]]:
         if not isinstance(name, str) or not isinstance(placeholder, str) or placeholder not in embeddings:
             raise _refusal(file, f" has no embedding {placeholder!r} for class {name!r}")
     if find_repeated(name2placeholder):
-        raise _refusal(file, ": two class names differ in spaces, '/', '_' and case alone")
+        raise _refusal(file, ": two class names differ only in spaces, '/', '_' or case")
     if len(set(name2placeholder.values())) < len(name2placeholder):
         raise _refusal(file, ": two classes share a token")
     for placeholder, embedding in embeddings.items():
         if not isinstance(placeholder, str) or not placeholder.strip() or not isinstance(embedding, torch.Tensor):
-            raise _refusal(file, f": the embedding {placeholder!r} is no tensor under a name")
+            raise _refusal(file, f": the embedding {placeholder!r} is not a tensor with a name")
         if not torch.isfinite(embedding).all():
             raise _refusal(file, f": the embedding {placeholder} is not finite")
     return embeddings, name2placeholder
 
 
 def _add_tokens(pipe: NoiseCutMixPipeline, embeddings: Tensors, file: Path) -> None:
-    """Add all learned tokens at once: one resize for each token takes minutes for 200 classes."""
+    """Add all learned tokens with one resize; one for each of 200 tokens would take minutes."""
     text_encoder, tokenizer = pipe.text_encoder, pipe.tokenizer
     width = text_encoder.get_input_embeddings().embedding_dim
     for placeholder, embedding in embeddings.items():
@@ -170,7 +172,7 @@ def _add_tokens(pipe: NoiseCutMixPipeline, embeddings: Tensors, file: Path) -> N
 
 
 def _read_lora(file: Path, settings_file: Path) -> tuple[Tensors, dict[str, Any] | None]:
-    """Return the file's tensors, and the LoraConfig that was saved in the file or beside it, if there is one."""
+    """Return the file's tensors, and the LoraConfig that was saved in the file or in `settings_file`, if any."""
     settings = None
     if file.suffix == ".bin":
         tensors = _load_pickle(file)
@@ -179,36 +181,35 @@ def _read_lora(file: Path, settings_file: Path) -> tuple[Tensors, dict[str, Any]
     else:
         try:
             with safe_open(file, framework="pt") as content:
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
                 settings = (content.metadata() or {}).get("lora_adapter_metadata")
         except (SafetensorError, OSError) as error:
-            raise _refusal(file, f" is no safetensors file: {first_line(error)}") from error
+            raise _refusal(file, f" is not a safetensors file: {first_line(error)}") from error
     try:
         if settings is None and settings_file.exists():
             file, settings = settings_file, settings_file.read_text(encoding="utf-8")
-        settings = None if settings is None else json.loads(settings)
-        # diffusers writes "unet." before every name, peft nothing
-        settings = settings and {name.removeprefix("unet."): value for name, value in settings.items()}
+        if settings is not None:  # diffusers writes "unet." before every name, peft does not
+            settings = {name.removeprefix("unet."): value for name, value in json.loads(settings).items()}
     except (OSError, ValueError, AttributeError) as error:
         raise _refusal(file, f": the LoRA's settings cannot be read: {first_line(error)}") from error
     return tensors, settings
 
 
 def _fuse_lora(unet: Any, tensors: Tensors, settings: dict[str, Any] | None, file: Path) -> None:
-    """Add the LoRA to the UNet's weights: each tensor of the file must have a place there, and fill it."""
+    """Add the LoRA to the UNet's weights; raise an InputError if a tensor of the file cannot be applied."""
     _check_lora(tensors, settings, file)
     lora, alphas = _name_as_in_peft(unet, tensors)
     if not lora:
         raise _refusal(file, " holds no LoRA tensor")
     ranks: dict[str, int] = {}
-    for place, half in lora.items():
+    for place, matrix in lora.items():
         layer, _, side = place.partition(".lora_")
-        if side in ("A.weight", "B.weight") and half.ndim > 1:  # down (rank, in, …) and up (out, rank, …)
-            rank = half.shape[0 if side == "A.weight" else 1]
+        if side in ("A.weight", "B.weight") and matrix.ndim > 1:  # down (rank, in, …) and up (out, rank, …)
+            rank = matrix.shape[0 if side == "A.weight" else 1]
             if ranks.setdefault(layer, rank) != rank:
-                raise _refusal(file, f": {place} has rank {rank}, which does not fit its other half")
+                raise _refusal(file, f": {place} has rank {rank}, but the other matrix of its layer has not")
     if settings is None:
-        settings = {  # "^" so that a layer's name is not taken for the end of another's
+        settings = {  # "^", since peft would also apply a pattern to longer names that end with it
             "rank_pattern": {f"^{layer}": rank for layer, rank in ranks.items()},
             "alpha_pattern": {f"^{layer}": alphas.get(layer, rank) for layer, rank in ranks.items()},
             "target_modules": list(ranks),
@@ -231,7 +232,7 @@ def _fuse_lora(unet: Any, tensors: Tensors, settings: dict[str, Any] | None, fil
 
 
 def _check_lora(tensors: Tensors, settings: dict[str, Any] | None, file: Path) -> None:
-    """Refuse what is not a LoRA of a UNet, of known strength."""
+    """Raise an InputError unless this is a LoRA of only a UNet, with a known strength."""
     kind = (settings or {}).get("peft_type", "LORA")
     if kind != "LORA":
         raise _refusal(file, f" is a {kind}; only LoRAs are read")
@@ -239,17 +240,17 @@ def _check_lora(tensors: Tensors, settings: dict[str, Any] | None, file: Path) -
         raise _refusal(file, " is a DoRA; only LoRAs are read")
     for name, tensor in tensors.items():
         if name.startswith(("text_encoder", "lora_te")):
-            raise _refusal(file, f": {name} is for the text encoder, and only the UNet's part can be applied")
+            raise _refusal(file, f": {name} is for the text encoder, but only LoRAs of a UNet can be applied")
         if name.startswith("base_model.model.") and settings is None:
-            raise _refusal(file, f" was saved by peft: put its {ADAPTER_FILE}, which gives the strength, beside it")
+            raise _refusal(file, f" was saved by peft: put its {ADAPTER_FILE}, which has its strength, beside it")
         if name.endswith(".alpha") and settings is not None:
-            raise _refusal(file, f": {name} and {ADAPTER_FILE} both give the LoRA's strength; remove one")
+            raise _refusal(file, f": {name} and {ADAPTER_FILE} both set the LoRA's strength; remove one")
         if not torch.isfinite(tensor).all():
             raise _refusal(file, f": {name} is not finite")
 
 
 def _name_as_in_peft(unet: Any, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
-    """Return the LoRA's halves in float32, named as peft names them in the UNet, and the layers' alphas."""
+    """Return the LoRA's down and up matrices in float32, by peft's names in the UNet, and the alpha of each layer."""
     kohya = {f"lora_unet_{name.replace('.', '_')}": name for name, _ in unet.named_modules()}
     lora, alphas = {}, {}
     for name, tensor in tensors.items():
@@ -266,12 +267,12 @@ def _name_as_in_peft(unet: Any, tensors: Tensors) -> tuple[Tensors, dict[str, fl
 def save_checkpoint(
     folder: Path, lora: dict[str, tuple[torch.Tensor, torch.Tensor]], rows: torch.Tensor, class_names: Sequence[str]
 ) -> None:
-    """Write the two files of Diff-Mix's format, each whole or not at all; all in float32.
+    """Write the two files of Diff-Mix's format atomically, in float32.
 
     Args:
-        folder: is there already.
-        lora: (down (rank, in), up (out, rank)) of each of the UNet's attention layers, by the layer's name; the layer
-            changes by up @ down.
+        folder: an existing folder.
+        lora: (down (rank, in), up (out, rank)) of each of the UNet's attention layers, by the layer's name; up @ down
+            is added to the layer's weight.
         rows: the learned embeddings (num_classes, width).
         class_names: in label order; class i's token is `<class_i>`.
     """
@@ -282,7 +283,7 @@ def save_checkpoint(
             key = f"{attention}.processor.{layer}_lora.{direction}.weight"
             tensors[key] = half.detach().to("cpu", torch.float32).contiguous()
     placeholders = [f"<class_{label}>" for label in range(len(class_names))]
-    # a clone each: torch.save would write all rows' storage with a view
+    # clones, since torch.save would write the storage of all rows for a view of one
     learned = {token: row.clone() for token, row in zip(placeholders, rows.detach().to("cpu", torch.float32))}
     names, tokens = dict(zip(class_names, placeholders)), dict(zip(placeholders, class_names))
     pickled = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The CutMix box: where it lies, how much of the picture it covers, and its mask."""
+"""The CutMix box: its position, its share of the picture, and its mask."""
 
 import math
 
@@ -14,8 +14,8 @@ def sample_box(height: int, width: int, alpha: float, rng: np.random.Generator) 
     """Draw a CutMix box (left, top, right, bottom) in pixels, right and bottom excluded.
 
     lambda ~ Beta(alpha, alpha); the box's sides are sqrt(1 - lambda) of the picture's, its centre is uniform over the
-    pixels, and what sticks out is clipped (Yun et al., CutMix, ICCV 2019, section 3.1, equations 2 and 3). A box less
-    than two pixels wide is empty.
+    pixels, and the box is clipped at the picture's edges (Yun et al., CutMix, ICCV 2019, section 3.1, equations 2 and
+    3). A box less than two pixels wide is empty.
     """
     side = math.sqrt(1.0 - rng.beta(alpha, alpha))
     half_height, half_width = int(height * side) // 2, int(width * side) // 2
@@ -46,8 +46,8 @@ def make_mask_and_ratio(
 
     Args:
         size: the picture's height and width; further entries are ignored.
-        alpha: both parameters of the Beta distribution, 1e-6 to 1e6. At 1 lambda is uniform.
-        rng: where the draw comes from; None takes fresh entropy, no global state.
+        alpha: both parameters of the Beta distribution, 1e-6 to 1e6. At 1, lambda is uniform.
+        rng: the random generator; None takes fresh entropy. The global random state is never used.
 
     Returns:
         The mask ("L", 255 inside the box, 0 outside) and the share of the picture that is white, 0 to 1.

@@ -1,6 +1,5 @@
-"""The output folder of a data set: what lies in it, what is missing, its labels and metadata."""
+"""The output folder of a data set: which run may write into it, what is missing, and how it is completed."""
 
-import collections
 import contextlib
 import os
 import re
@@ -26,23 +25,23 @@ LONGEST_DELAY = 20  # seconds until a change shows on another machine of a share
 
 
 class OutputFolder:
-    """A data set's folder.
+    """The folder of a data set.
 
-    `run.json` records how it is made. An image's presence means that its item is whole; `soft_label.npy` and
-    `metadata.jsonl` are there once all items are. A run calls, in this order:
+    `run.json` records how it is made. Where an image exists, its mask does, too; `soft_label.npy` and `metadata.jsonl`
+    exist only once all items do. A run calls, in this order:
 
     1. `held`: the main process locks the folder, or refuses it;
     2. `has_planned_labels`, `has_whole_files`: is the data set complete already?
     3. `begin`: the main process records the run and removes what an earlier one left unfinished;
-    4. `join`: every process sees that record;
-    5. `mend`: what is damaged goes, and what is missing is known;
+    4. `join`: every process waits until it sees that record;
+    5. `mend`: damaged files are deleted, and the missing items are found;
     6. `write`, item by item;
     7. `finish`: the main process writes preview, metadata and labels.
 
     Args:
         root: the folder.
-        plan: what the items are.
-        num_items: how many.
+        plan: determines the items.
+        num_items: the number of items.
         class_names: in label order.
     """
 
@@ -59,39 +58,39 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def held(self, options: dict[str, Any], overwrite: bool) -> Iterator[None]:
-        """Lock the folder, which is made where it is not there; a new one goes again if nothing is written into it.
+        """Lock the folder, and create it if needed; a new folder is removed again if nothing is written into it.
 
         Args:
-            options: all that shapes the data, as JSON values; they must equal those of an earlier run here.
-            overwrite: an earlier run's files are to be deleted, so its options do not matter.
+            options: all that determines the data, as JSON values; they must equal those of an earlier run here.
+            overwrite: the files of an earlier run will be deleted, so its options do not matter.
 
         Raises:
-            InputError: another run holds the folder, it was made with other options, or it is not this program's.
+            InputError: another run has locked the folder, it was made with other options, or not by this program.
         """
         self._check_usable(options, overwrite)
         with hold_folder(self.root):
-            self._check_usable(options, overwrite)  # again: another run may have written since
+            self._check_usable(options, overwrite)  # another run may have written before the lock was taken
             yield
 
     def has_planned_labels(self, every_row: bool = False) -> bool:
-        """Return whether the preview is there, and labels and metadata are as planned; see `LabelFiles`."""
+        """Return whether the preview is there, and labels and metadata agree with the plan; see `LabelFiles`."""
         return (self.root / "preview.png").is_file() and self._labels.are_as_planned(every_row)
 
     def has_whole_files(self, indices: np.ndarray, every_pixel: bool = False) -> bool:
-        """Return whether all of these items have a whole image and a whole mask; see `ItemFiles`."""
+        """Return whether each of these items has a whole image and a whole mask; see `ItemFiles`."""
         return all(self.items.find_whole(part, indices, every_pixel).all() for part in PARTS)
 
     def begin(self, options: dict[str, Any], run: dict[str, Any], overwrite: bool = False) -> None:
         """Record this run in run.json, then remove what an interrupted or overwritten run left.
 
-        An interruption at any moment leaves a folder in which the same command goes on: the record comes first, and
-        says whether an overwritten data set's items may still be there. No process of an earlier run can finish a
-        file afterwards, since its temporary file is gone or its look at the record comes later.
+        After an interruption at any moment the same command can continue: the record is written first, and says whether
+        items of an overwritten data set may still be there. No process of an earlier run can finish a file afterwards:
+        its temporary file is deleted, or it checks the record before it renames the file.
 
         Args:
             options: see `held`.
-            run: what else is worth knowing of this run, as JSON values; `command` is what goes on with it.
-            overwrite: delete an earlier run's items.
+            run: further information on this run, as JSON values; `command` continues it.
+            overwrite: delete the items of an earlier run.
         """
         earlier = Record.read(self._run_file)
         runs = [] if earlier is None or overwrite else earlier.runs
@@ -115,10 +114,10 @@ class OutputFolder:
         self._run_file_content = self._run_file.read_bytes()
 
     def join(self, identity: str) -> None:
-        """See that this process writes into the folder that the main process began.
+        """Wait until this process sees the main process's record in the folder.
 
         Raises:
-            InputError: it is not the same folder.
+            InputError: it does not see it within 20 seconds, so it is not the same folder.
         """
         end = time.monotonic() + LONGEST_DELAY
         while (record := Record.read(self._run_file)) is None or record.identity != identity:
@@ -132,7 +131,7 @@ class OutputFolder:
         self._run_file_content = self._run_file.read_bytes()
 
     def mend(self, indices: np.ndarray, every_pixel: bool = False) -> np.ndarray:
-        """Delete damaged images, write missing masks anew, and return the indices without an image, int64."""
+        """Delete damaged images, write missing masks again, and return the indices without an image, int64."""
         has_image = self.items.find_whole("image", indices, every_pixel)
         has_mask = self.items.find_whole("mask", indices, every_pixel)
         for index in indices[~has_image].tolist():
@@ -146,16 +145,16 @@ class OutputFolder:
         """Write the mask, then the image.
 
         Raises:
-            RunError: another run has taken the folder.
+            RunError: another run has begun in the folder.
         """
         self.items.write_mask(item, self._check_still_held)
         write_png(self.items.path("image", item.index), image, check=self._check_still_held)
 
     def finish(self) -> None:
-        """Write preview.png, metadata.jsonl and, last, soft_label.npy: the data set is complete.
+        """Write preview.png, metadata.jsonl and, last, soft_label.npy, which completes the data set.
 
         Raises:
-            RunError: an item is not there, or another run has taken the folder.
+            RunError: an item is missing, or another run has begun in the folder.
         """
         for part in PARTS:
             if missing := self.items.find_missing(part):
@@ -167,7 +166,7 @@ class OutputFolder:
         self._labels.write(self._check_still_held)
 
     def describe_progress(self, overwrite: bool = False) -> str:
-        """Return how many items are there, by their images; empty where all are an overwritten run's."""
+        """Return "7 of 20 items are done", or "" where this run is to overwrite another and has not begun yet."""
         record = Record.read(self._run_file)
         if overwrite and (record is None or record.identity != self.identity):
             return ""
@@ -186,10 +185,11 @@ class OutputFolder:
             raise RunError(f"another run has taken {self.root}; this one stops")
 
     def _check_usable(self, options: dict[str, Any], overwrite: bool) -> None:
-        """Raise InputError where a run with these options may not write into the folder."""
+        """Raise an InputError if a run with these options must not write into the folder."""
         record = Record.read(self._run_file)
         for part in PARTS:
-            collections.deque(self.items.scan(part), maxlen=0)  # refuses folders in the place of files
+            for _ in self.items.scan(part):  # raises an InputError for a folder in the place of a file
+                pass
         if record is None:
             foreign = [file for file in (self._labels.metadata, self._labels.labels) if file.exists()]
             foreign += [file for part in PARTS for file in (self.root / part).glob("[!.]*")]

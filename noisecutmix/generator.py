@@ -1,4 +1,4 @@
-"""Planned items in, pictures out."""
+"""Draw the items of a plan with a data set's fine-tuned model."""
 
 import argparse
 import time
@@ -19,7 +19,7 @@ from .launch import say
 from .pipeline import NonFiniteImageError
 from .plan import Item, Plan
 from .quiet import quiet_libraries
-from .ranges import RANGES, Range, is_whole_number
+from .ranges import RANGES, Range
 
 Labels = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -29,25 +29,25 @@ class NoiseCutMixGenerator:
 
     Args:
         device: where to draw, "cuda", "mps" or "cpu".
-        data_name: cub, flower, aircraft, digits, a JSON file (see `load_classes`), or the Classes themselves.
-        ckpt_path: a Diff-Mix checkpoint's folder; None is the data set's own.
+        data_name: cub, flower, aircraft, digits, a JSON file or a folder (see `load_classes`), or a `Classes` object.
+        ckpt_path: the folder of a Diff-Mix checkpoint; None is the data set's own.
         guidance_scale, guidance_interval: see `NoiseCutMixPipeline`.
         num_inference_steps: denoising steps, at least 1 and fewer than the timesteps of the model's noise schedule.
-        alpha: of CutMix's Beta distribution, above 0.
-        class_names, meta_class: in place of the data set's.
+        alpha: both parameters of CutMix's Beta distribution, above 0.
+        class_names, meta_class: replace the data set's.
         model: a hub id, also "id@revision", or a local diffusers folder; None is the data set's own.
-        resolution: the pictures' side in pixels, a multiple of the VAE's factor; None is the data set's own.
+        resolution: side of a picture in pixels, a multiple of the VAE's factor; None is the data set's own.
         dtype: float16, bfloat16 or float32, as a torch.dtype or its name; None is float16 on cuda, else float32.
-        prompt: a template with {name} and perhaps {meta_class}.
-        seed: the plan's seed; item i is a function of it and i.
+        prompt: a template with {name} and optionally {meta_class}.
+        seed: the plan's seed; item i depends on the seed and i.
         batch_size: pictures drawn at once; halved when the device runs out of memory.
-        plan: the items to draw; it stands in place of `seed`, `alpha` and `resolution`.
+        plan: the items to draw; it replaces `seed`, `alpha` and `resolution`.
 
-    Attributes: `class_names`, `meta_class` and `num_classes` of the data set, `pipe`, and the `plan` of the items.
+    Attributes: `class_names`, `meta_class` and `num_classes` of the data set, the pipeline `pipe`, and the `plan`.
 
     Raises:
         InputError: the data set, the model, the checkpoint, the prompt, the device or the dtype is wrong.
-        ValueError: another argument is out of its range or of a wrong type; the message names it.
+        ValueError: another argument is out of its range or has a wrong type; the message names it.
     """
 
     def __init__(
@@ -85,12 +85,9 @@ class NoiseCutMixGenerator:
         if isinstance(class_names, str) or not all(isinstance(name, str) for name in self.class_names):
             raise ValueError(f"`class_names`: has to be a list of names, not {class_names!r}")
         if find_repeated(self.class_names):
-            raise ValueError(f"`class_names`: {find_repeated(self.class_names)!r} is there twice")
+            raise ValueError(f"`class_names`: {find_repeated(self.class_names)!r} occurs twice")
         self.meta_class = classes.meta_class if meta_class is None else meta_class
         self.num_classes = len(self.class_names)
-        self.guidance_scale = guidance_scale
-        self.num_inference_steps = num_inference_steps
-        self.guidance_interval = guidance_interval
         resolution = classes.resolution if resolution is None else resolution
         self.plan = Plan(seed, self.num_classes, alpha, resolution) if plan is None else plan
         if self.plan.num_classes != self.num_classes:
@@ -102,17 +99,18 @@ class NoiseCutMixGenerator:
         self.pipe = load_pipeline(str(classes.model if model is None else model), ckpt_path, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self._check_resolution(self.plan.resolution)
-        num_timesteps = self.pipe.scheduler.config.num_train_timesteps
-        # with more, the scheduler would take a timestep twice
-        Range(int, 1, num_timesteps - 1).check("num_inference_steps", num_inference_steps)
+        self.pipe.check_steps(num_inference_steps, guidance_scale, guidance_interval)
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.guidance_interval = guidance_interval
         placeholders = find_placeholders(self.class_names, self.pipe.name2placeholder)
         self._prompts = [prompt.format(name=name, meta_class=self.meta_class) for name in placeholders]
         with quiet_libraries():
             longest = max(len(ids) for ids in self.pipe.tokenizer(self._prompts).input_ids)
         if longest > (limit := self.pipe.tokenizer.model_max_length):
             raise InputError(
-                f"`prompt`: {{name}} or the text after it lies beyond the {limit} tokens that the model reads, and "
-                f"would be cut; shorten the template by {longest - limit}"
+                f"`prompt`: {{name}} or the text after it lies beyond the {limit} tokens that the model reads; "
+                f"shorten the template by {longest - limit} tokens"
             )
         self._embeds: dict[str, torch.Tensor] = {}
         self._next_index = 0
@@ -125,33 +123,32 @@ class NoiseCutMixGenerator:
         return_mask: bool = False,
         aug_labels: Labels | None = None,
     ) -> tuple[Any, ...]:
-        """Draw one picture a target label, each mixed with another class.
+        """Draw one picture for each target label, mixed with another class.
 
-        Repeated calls go on in the plan: new boxes, new noise, new aug classes.
+        Each call takes the plan's next items: new boxes, new noise, new aug classes.
 
         Args:
             target_labels: the classes inside the boxes, whole numbers from 0 to num_classes - 1: a list, an array or a
                 tensor of one dimension.
-            resolution: the pictures' side in pixels; None is the generator's.
+            resolution: side of a picture in pixels; None is the plan's.
             return_mask: also return the masks.
-            aug_labels: the classes outside the boxes; None draws them among the others.
+            aug_labels: the classes outside the boxes; None draws them from the other classes.
 
         Returns:
             (images, labels) or (images, labels, masks): lists of RGB pictures, float32 arrays (num_classes,), and "L"
             pictures of 0 and 255.
 
         Raises:
-            ValueError: a label is no whole number or out of range, target and aug class are the same, or `resolution`
-                is no multiple of the VAE's factor.
+            ValueError: a label is not a whole number or out of range, target and aug class are the same, or
+                `resolution` is not a multiple of the VAE's factor.
             RunError: the device is out of memory at batch size 1, or a picture is not finite.
         """
         targets = self._as_labels("target_labels", target_labels)
         augs = [None] * len(targets) if aug_labels is None else self._as_labels("aug_labels", aug_labels)
         if len(augs) != len(targets):
             raise ValueError(f"`aug_labels`: has to hold {len(targets)} labels, not {len(augs)}")
-        resolution = self.plan.resolution if resolution is None else resolution
-        self._check_resolution(resolution)
-        plan = replace(self.plan, resolution=resolution)
+        plan = self.plan if resolution is None else replace(self.plan, resolution=resolution)
+        self._check_resolution(plan.resolution)
         items = [plan.item(self._next_index + i, *pair) for i, pair in enumerate(zip(targets, augs))]
         images = self.draw(items)
         self._next_index += len(items)
@@ -163,15 +160,15 @@ class NoiseCutMixGenerator:
     def draw(self, items: Sequence[Item]) -> list[Image.Image]:
         """Return the items' pictures, RGB, in order.
 
-        When the device is out of memory, the batch is halved (and stays so) and tried again.
+        When the device is out of memory, the batch size is halved permanently and the batch is tried again.
 
         Raises:
-            ValueError: the items are of several resolutions.
-            RunError: out of memory at batch size 1, or a picture that is not finite.
+            ValueError: the items have several resolutions.
+            RunError: the device is out of memory at batch size 1, or a picture is not finite.
         """
-        images: list[Image.Image] = []
         if len({item.resolution for item in items}) > 1:
             raise ValueError("`items`: have to be of one resolution; use one call for each resolution")
+        images: list[Image.Image] = []
         while len(images) < len(items):
             batch = items[len(images) : len(images) + self.batch_size]
             size = self.batch_size if self._pads_batches else len(batch)
@@ -185,17 +182,21 @@ class NoiseCutMixGenerator:
                     raise RunError(
                         "out of memory at batch size 1; use a smaller `resolution`, `dtype=float16` or a larger device"
                     ) from error
-            # outside the handler, where the failed attempt's memory is free
+            # outside the handler, where the memory of the failed attempt is free
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if self._pads_batches:
-                torch.compiler.reset()  # no more code for the old size, and none that counts towards torch's limit
+                torch.compiler.reset()  # drop the code for the old size: torch limits how often it compiles
             self.batch_size = size // 2
             say(f"out of memory at batch size {size}, going on with {self.batch_size}")
         return images
 
     def compile(self) -> None:
-        """Compile UNet and VAE decoder by drawing a batch (later ones are padded to its size), or raise a RunError."""
+        """Compile UNet and VAE decoder by drawing a batch; later batches are padded to its size.
+
+        Raises:
+            RunError: PyTorch cannot compile here, or the device is out of memory at batch size 1.
+        """
         self.pipe.unet.compile(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
         self.pipe.vae.decoder.compile(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
         self._pads_batches = True
@@ -213,21 +214,17 @@ class NoiseCutMixGenerator:
             raise RunError(f"`compile`: {reason}; try without it") from error
 
     def _as_labels(self, name: str, labels: Labels) -> list[int]:
-        """Return the labels as a list of int, or raise a ValueError."""
+        valid = Range(int, 0, self.num_classes - 1)
         try:
-            values: list[Any] = [x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x for x in labels]
+            values = [x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x for x in labels]
         except TypeError as error:
             raise ValueError(f"`{name}`: has to be a list of labels, not {labels!r}") from error
-        for value in values:
-            if not is_whole_number(value) or not 0 <= value < self.num_classes:
-                limit = self.num_classes - 1
-                raise ValueError(f"`{name}`: labels have to be whole numbers from 0 to {limit} but one is {value!r}")
-        return [int(value) for value in values]
+        return [valid.check(name, value) for value in values]
 
     def _check_resolution(self, resolution: int) -> None:
         factor = self.pipe.vae_scale_factor
-        if not is_whole_number(resolution) or resolution < 1 or resolution % factor:
-            raise InputError(f"`resolution`: has to be a multiple of {factor}, not {resolution!r}")
+        if resolution % factor:
+            raise InputError(f"`resolution`: has to be a multiple of {factor}, not {resolution}")
 
     def _draw_batch(self, items: Sequence[Item]) -> list[Image.Image]:
         batch = list(items)
@@ -251,13 +248,13 @@ class NoiseCutMixGenerator:
         except NonFiniteImageError as error:
             numbers = ", ".join(dict.fromkeys(str(batch[index].index) for index in error.indices))
             raise RunError(
-                f"item {numbers}: the picture is not finite, as happens where float16 overflows; use `dtype=bfloat16` "
-                "(a data set that was begun in float16 has to be begun anew)"
+                f"item {numbers}: the picture is not finite, as happens when float16 overflows; use `dtype=bfloat16` "
+                "(a data set that was begun in float16 has to be started again)"
             ) from error
         return images[: len(items)]
 
     def _encode(self, prompts: list[str]) -> torch.Tensor:
-        """Return the prompts' embeddings (B, tokens, width); each prompt is encoded once, on first use."""
+        """Return the prompts' embeddings (B, tokens, width); each different prompt is encoded only once."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._embeds:
                 with torch.no_grad():
@@ -266,14 +263,14 @@ class NoiseCutMixGenerator:
 
 
 def create_generator(options: argparse.Namespace, device: str, plan: Plan) -> NoiseCutMixGenerator:
-    """Load what a script's options ask for, and compile it where they do.
+    """Return the generator of a script's options, compiled if they say so.
 
     Raises:
         InputError: model, checkpoint or prompt are wrong.
         RunError: the device has too little memory, or PyTorch cannot compile here.
     """
-    same = "ckpt_path guidance_scale guidance_interval num_inference_steps model dtype prompt batch_size"
-    arguments = {name: getattr(options, name) for name in same.split()}
+    names = "ckpt_path guidance_scale guidance_interval num_inference_steps model dtype prompt batch_size"
+    arguments = {name: getattr(options, name) for name in names.split()}
     try:
         generator = NoiseCutMixGenerator(device, options.classes, plan=plan, **arguments)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The image and the mask of each item: their names, and whether the files are whole."""
+"""The image and mask files of the items: their names, and whether they are whole."""
 
 import contextlib
 import os
@@ -21,9 +21,10 @@ LOOKED_AT_ONCE = 1000
 
 
 class ItemFiles:
-    """The images and masks in a data set's folder; see OutputFolder for the arguments.
+    """The images and masks in the folder of a data set; see OutputFolder for the arguments.
 
-    A mask's file names what decides it, so that it shows whether it is the planned one. `part` is "image" or "mask".
+    `part` is "image" or "mask". A mask's file has a comment with all that determines the mask, so that a mask of
+    another plan is recognised.
     """
 
     def __init__(self, root: Path, plan: Plan, num_items: int):
@@ -42,27 +43,27 @@ class ItemFiles:
         Args:
             part: see above.
             indices: int64, (items,).
-            every_pixel: decode each file. Otherwise its first and last bytes decide, in which a lost write shows,
-                since files are synced before they get their name.
+            every_pixel: decode each file. Otherwise only its first and last bytes are compared. They show an incomplete
+                file, since files are synced before they get their name.
 
         Raises:
             OSError: a file is there and cannot be read.
         """
-        whole = np.zeros(len(indices), dtype=bool)
 
-        def look(start: int) -> int:
-            some = indices[start : start + LOOKED_AT_ONCE].tolist()
-            whole[start : start + len(some)] = [self._is_whole(part, index, every_pixel) for index in some]
-            return len(some)
+        def look(some: np.ndarray) -> list[bool]:
+            return [self._is_whole(part, index, every_pixel) for index in some.tolist()]
 
+        chunks = [indices[start : start + LOOKED_AT_ONCE] for start in range(0, len(indices), LOOKED_AT_ONCE)]
+        whole: list[bool] = []
         bar = tqdm(total=len(indices), desc=f"checking what is in {part}", unit="file", leave=False, delay=2)
         with ThreadPoolExecutor() as pool, bar:
-            for looked_at in pool.map(look, range(0, len(indices), LOOKED_AT_ONCE)):
-                bar.update(looked_at)
-        return whole
+            for found in pool.map(look, chunks):
+                whole += found
+                bar.update(len(found))
+        return np.array(whole, dtype=bool)
 
     def scan(self, part: str) -> Iterator[tuple[int, Path]]:
-        """Yield (index, file) of what this program named, also in a run of fewer items and digits, in no order.
+        """Yield (index, file) of all files with this program's names, of any number of digits, in no order.
 
         Raises:
             InputError: a folder has such a name, or `part` is not a folder.
@@ -82,13 +83,13 @@ class ItemFiles:
             raise InputError(f"`output_dir`: {self.root / part} is not a folder; move it away") from None
 
     def find_missing(self, part: str) -> Path | None:
-        """Return the first planned file that is not there, by one listing of the folder."""
+        """Return the first planned file that is not there, None if all are there; list the folder only once."""
         is_there = np.zeros(self.num_items, dtype=bool)
         is_there[[index for index, file in self.scan(part) if file == self.path(part, index)]] = True
         return None if is_there.all() else self.path(part, int(is_there.argmin()))
 
     def rename(self) -> None:
-        """Give the files of a run of fewer items this number of items' digits. No file is replaced."""
+        """Add the missing digits to the file names of a run of fewer items. No file is replaced."""
         for part in PARTS:
             for index, file in list(self.scan(part)):
                 name = self.path(part, index)

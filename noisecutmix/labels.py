@@ -1,4 +1,4 @@
-"""soft_label.npy and metadata.jsonl: one row an item, written from the plan and compared with it."""
+"""soft_label.npy and metadata.jsonl: one row for each item, written from the plan and compared with it."""
 
 import io
 import json
@@ -17,14 +17,18 @@ ROWS_COMPARED = 1000
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
+def count_digits(num_items: int) -> int:
+    """Return how many digits the file names of a data set have, so that they sort in row order."""
+    return max(LEAST_DIGITS, len(str(num_items - 1)))
+
+
 def item_file_name(part: str, index: int, num_items: int) -> str:
-    """Return "image/gen_0007.png" or "mask/mask_0007.png"; names of one data set sort in row order."""
-    digits = max(LEAST_DIGITS, len(str(num_items - 1)))
-    return f"{part}/{PREFIXES[part]}_{index:0{digits}d}.png"
+    """Return "image/gen_0007.png" or "mask/mask_0007.png"."""
+    return f"{part}/{PREFIXES[part]}_{index:0{count_digits(num_items)}d}.png"
 
 
 class LabelFiles:
-    """The two files in a data set's folder; see OutputFolder for the arguments."""
+    """The two files in the folder of a data set; see OutputFolder for the arguments."""
 
     def __init__(self, root: Path, plan: Plan, num_items: int, class_names: Sequence[str]):
         self.labels, self.metadata = root / "soft_label.npy", root / "metadata.jsonl"
@@ -38,7 +42,7 @@ class LabelFiles:
         """Return whether both files are there and agree with the plan.
 
         Args:
-            every_row: compare every row; otherwise all of up to 1,000 items, and 1,000 evenly spaced ones of more.
+            every_row: compare every row; otherwise at most 1,000 evenly spaced ones.
         """
         count = self._num_items if every_row else min(self._num_items, ROWS_COMPARED)
         compared = set(np.linspace(0, self._num_items - 1, count).astype(int).tolist())
@@ -52,9 +56,8 @@ class LabelFiles:
                 ):
                     return False
                 num_lines = 0
-                for index, line in enumerate(metadata):
-                    num_lines += 1
-                    if index in compared:
+                for num_lines, line in enumerate(metadata, start=1):
+                    if (index := num_lines - 1) in compared:
                         item = self._plan.item(index)
                         labels.seek(len(self._header) + row_size * index)
                         if line != self._metadata_line(item) or labels.read(row_size) != self._label_row(item):
@@ -64,11 +67,7 @@ class LabelFiles:
         return num_lines == self._num_items
 
     def write(self, check: Callable[[], None] = lambda: None) -> None:
-        """Write both, row by row; soft_label.npy gets its name last.
-
-        Args:
-            check: see `atomic_file`.
-        """
+        """Write both, row by row; soft_label.npy gets its name last. For `check` see `atomic_file`."""
         with atomic_file(self.labels, check) as labels, atomic_file(self.metadata, check) as metadata:
             labels.write(self._header)
             for item in self._plan.items(self._num_items):
@@ -76,7 +75,7 @@ class LabelFiles:
                 metadata.write(self._metadata_line(item))
 
     def delete(self) -> None:
-        """Delete both: the data set is no longer complete."""
+        """Delete both, so that the data set is no longer complete."""
         for file in (self.labels, self.metadata):
             file.unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ DECODED_AT_ONCE = 8
 
 
 class NonFiniteImageError(RunError):
-    """Pictures came out with nan or infinity; `indices` tells which of the batch."""
+    """Pictures contain nan or infinity; `indices` are their positions in the batch."""
 
     def __init__(self, indices: list[int], dtype: torch.dtype):
         advice = "use `dtype=bfloat16`" if dtype == torch.float16 else "are the model's weights finite?"
@@ -28,14 +28,14 @@ class NonFiniteImageError(RunError):
 
 
 class NoiseCutMixPipeline(StableDiffusionPipeline):
-    """Stable Diffusion with two prompts a picture: `prompt_1` governs the mask's white, `prompt_2` its black.
+    """Stable Diffusion with two prompts for each picture: `prompt_1` where the mask is white, `prompt_2` where black.
 
-    Everything but the denoising loop is diffusers' StableDiffusionPipeline: Takezaki, Bise and Matsuo, NoiseCutMix,
-    ICCV Workshops 2025, arXiv 2509.00378.
+    The method is that of Takezaki, Bise and Matsuo, NoiseCutMix, ICCV Workshops 2025, arXiv 2509.00378. Everything but
+    the denoising loop is diffusers' StableDiffusionPipeline.
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "mask"]
-    # what a callback written for StableDiffusionPipeline may read
+    # a callback written for StableDiffusionPipeline may read these
     _clip_skip = None
     _cross_attention_kwargs = None
 
@@ -91,30 +91,29 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         """Draw one picture for each pair of prompts and mask.
 
         Args:
-            prompt_1: the prompt, or list of prompts, for the mask's white.
-            prompt_2: likewise for its black; as many, and of the same type.
-            mask: one mask a prompt, each of the picture's size: PIL (its grey level; F, I: 0 to 1) without
-                transparency, or an array (height, width) of uint8 0 to 255 or float 0 to 1; (B, height, width) is a
-                batch. White is 1. Levels are 1/255.
+            prompt_1: the prompt, or list of prompts, where the mask is white.
+            prompt_2: the prompt, or list of prompts, where it is black; as many as in `prompt_1`, of the same type.
+            mask: one mask for each prompt, of the picture's size: a PIL picture without transparency (its grey level;
+                modes F and I: 0 to 1), or an array (height, width) of uint8 0 to 255 or float 0 to 1, also as a batch
+                (B, height, width). White is 1. Values are rounded to multiples of 1/255.
             height, width: in pixels, divisible by the VAE's factor; None is the model's own.
             num_inference_steps: denoising steps, 1 to 999, or 998 where the scheduler's spacing is "leading".
-            guidance_scale: of classifier-free guidance; at most 1 leaves the empty prompt out, eps = mixed.
-            negative_prompt: in place of the empty prompt.
-            num_images_per_prompt: pictures a pair; they are neighbours in the output (a, a, b, b).
-            generator: one for all, or one a picture, for the initial noise. It is drawn in float32 on the generator's
-                device, so a CPU generator gives the same noise on every device. None takes fresh entropy.
-            latents: the initial noise (B, channels, height / factor, width / factor) itself.
+            guidance_scale: of classifier-free guidance; with at most 1 there is none, and eps is the merged estimate.
+            negative_prompt: replaces the empty prompt.
+            num_images_per_prompt: pictures for each pair; they are neighbours in the output (a, a, b, b).
+            generator: draws the initial noise, one for all pictures or a list of one for each. It draws in float32 on
+                its own device, so a CPU generator gives the same noise on every device. None takes fresh entropy.
+            latents: the initial noise (B, channels, height / factor, width / factor).
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in diffusers; the tensors are "latents",
-                "prompt_embeds" (3B or 2B, tokens, width) and "mask" (B, 1, h, w), whose shapes stay.
-            guidance_interval: guide only in these fractions of the schedule, 0 its start and 1 its end; elsewhere
-                eps = mixed. (0, 1) is the method; less is an approximation that saves the empty prompt's share
-                (Kynkäänniemi et al., 2024, arXiv 2404.07724).
-            prompt_1_embeds, prompt_2_embeds, negative_prompt_embeds: encoded prompts (B, tokens, width) in their stead.
+                "prompt_embeds" (3B or 2B, tokens, width) and "mask" (B, 1, h, w). Their shapes must not change.
+            guidance_interval: guide only between these fractions of the steps, 0 to 1. (0, 1) is the method; less is a
+                faster approximation (Kynkäänniemi et al., 2024, arXiv 2404.07724).
+            prompt_1_embeds, prompt_2_embeds, negative_prompt_embeds: encoded prompts (B, tokens, width), not texts.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it and its value.
-            NonFiniteImageError: a decoded picture holds nan or infinity.
+            NonFiniteImageError: a decoded picture contains nan or infinity.
         """
         # 0. Default height and width
         sample_size = self.unet.config.sample_size
@@ -123,12 +122,12 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         width = sample_width * self.vae_scale_factor if width is None else width
 
         # 1. Check inputs
-        # diffusers' own callbacks say themselves which tensors they need
+        # diffusers' own callbacks have an attribute for the tensors that they need
         tensor_names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        self.check_steps(num_inference_steps, guidance_scale, guidance_interval)
         batch_size = self.check_inputs(
-            prompt_1, prompt_2, height, width, num_inference_steps, guidance_scale, negative_prompt,
-            num_images_per_prompt, generator, latents, output_type, tensor_names, guidance_interval, prompt_1_embeds,
-            prompt_2_embeds, negative_prompt_embeds,
+            prompt_1, prompt_2, height, width, negative_prompt, num_images_per_prompt, generator, latents, output_type,
+            tensor_names, prompt_1_embeds, prompt_2_embeds, negative_prompt_embeds,
         )  # fmt: skip
         masks = to_mask_pictures(mask, batch_size, height, width)
 
@@ -138,7 +137,6 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         self._interrupt = False
         num_images = batch_size * num_images_per_prompt
         latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
-        latents_shape = (num_images, self.unet.config.in_channels, latent_height, latent_width)
 
         # 3. Encode the prompts
         embeds_1, uncond_embeds = self.encode_prompt(
@@ -150,11 +148,11 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         if guidance_scale > 1:
             prompt_embeds = torch.cat([prompt_embeds, uncond_embeds])  # (3B, tokens, width)
 
-        # 4. Prepare the masks: (B, 1, h, w), 1 where prompt_1 rules, smooth at the border
+        # 4. Prepare the masks: (B, 1, h, w), 1 where prompt_1 counts, smooth at the border
         latent_mask = self.mask_processor.preprocess(masks, height=latent_height, width=latent_width)
         latent_mask = latent_mask.repeat_interleave(num_images_per_prompt, dim=0).to(device, prompt_embeds.dtype)
 
-        # 5. Prepare timesteps; without a begin index the scheduler would look each step up on the host
+        # 5. Prepare timesteps; without a begin index the scheduler would search for each step on the host
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
@@ -167,7 +165,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             generator.seed()
         noise_device = generator[0].device if isinstance(generator, list) else generator.device
         latents = self.prepare_latents(
-            *latents_shape[:2], height, width, torch.float32, noise_device, generator, latents
+            num_images, self.unet.config.in_channels, height, width, torch.float32, noise_device, generator, latents
         ).to(device, prompt_embeds.dtype)
 
         # 7. Denoise; some schedulers draw noise at every step
@@ -206,12 +204,11 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         # 8. Decode
         if output_type == "latent":
             images = latents
+        elif output_type == "pil":  # rounded to uint8 on the device, so that less is copied to the host
+            pixels = ((self._decode(latents).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+            images = [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
         else:
-            decoded = self._decode(latents)  # (B, 3, height, width), -1 to 1
-            if output_type == "pil":
-                images = _to_pil(decoded)
-            else:
-                images = self.image_processor.postprocess(decoded, output_type=output_type)
+            images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
 
         # 9. Offload all models
         self.maybe_free_model_hooks()
@@ -219,15 +216,28 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             return images, None
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=None)
 
+    def check_steps(
+        self, num_inference_steps: int, guidance_scale: float, guidance_interval: tuple[float, float]
+    ) -> None:
+        """Check the arguments of `__call__` that describe the denoising steps."""
+        schedule, most = self.scheduler.config, self.scheduler.config.num_train_timesteps
+        if isinstance(self.scheduler, DPMSolverMultistepScheduler):  # divides by differences of noise levels
+            most -= 1 + (schedule.timestep_spacing == "leading") * schedule.steps_offset  # more would repeat a level
+        Range(int, 1, most).check("num_inference_steps", num_inference_steps)
+        RANGES["guidance_scale"].check("guidance_scale", guidance_scale)
+        for fraction in guidance_interval:
+            RANGES["guidance_interval"].check("guidance_interval", fraction)
+        if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
+            raise ValueError(f"`guidance_interval` has to rise within 0 to 1 but is {guidance_interval}.")
+
     def check_inputs(
-        self, prompt_1: Prompt | None, prompt_2: Prompt | None, height: int, width: int, num_inference_steps: int,
-        guidance_scale: float, negative_prompt: Prompt | None, num_images_per_prompt: int,
+        self, prompt_1: Prompt | None, prompt_2: Prompt | None, height: int, width: int,
+        negative_prompt: Prompt | None, num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None, latents: torch.Tensor | None, output_type: str,
-        tensor_names: tuple[str, ...] | list[str], guidance_interval: tuple[float, float],
-        prompt_1_embeds: torch.Tensor | None, prompt_2_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
+        tensor_names: tuple[str, ...] | list[str], prompt_1_embeds: torch.Tensor | None,
+        prompt_2_embeds: torch.Tensor | None, negative_prompt_embeds: torch.Tensor | None,
     ) -> int:  # fmt: skip
-        """Refuse what cannot be right, and return the number of prompts; see `__call__` for parameters and errors."""
+        """Check all other arguments of `__call__`, and return the number of prompts."""
         batch_size = count_prompts(
             {"prompt_1": prompt_1, "prompt_2": prompt_2, "negative_prompt": negative_prompt},
             {"prompt_1": prompt_1_embeds, "prompt_2": prompt_2_embeds, "negative_prompt": negative_prompt_embeds},
@@ -235,16 +245,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         factor = self.vae_scale_factor
         if any(not is_whole_number(side) or side < 1 or side % factor for side in (height, width)):
             raise ValueError(f"`height` and `width` have to be multiples of {factor} but are {height} and {width}.")
-        schedule, most = self.scheduler.config, self.scheduler.config.num_train_timesteps
-        if isinstance(self.scheduler, DPMSolverMultistepScheduler):  # divides by differences of noise levels
-            most -= 1 + (schedule.timestep_spacing == "leading") * schedule.steps_offset  # more would repeat a level
-        Range(int, 1, most).check("num_inference_steps", num_inference_steps)
         Range(int, 1).check("num_images_per_prompt", num_images_per_prompt)
-        RANGES["guidance_scale"].check("guidance_scale", guidance_scale)
-        for fraction in guidance_interval:
-            RANGES["guidance_interval"].check("guidance_interval", fraction)
-        if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
-            raise ValueError(f"`guidance_interval` has to rise within 0 to 1 but is {guidance_interval}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be pil, np, pt or latent but is {output_type!r}.")
         num_images = batch_size * num_images_per_prompt
@@ -266,6 +267,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         return VaeImageProcessor(vae_scale_factor=1, do_normalize=False, do_binarize=False, do_convert_grayscale=True)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the pictures (B, 3, height, width), -1 to 1, or raise NonFiniteImageError."""
         # in parts: from a batch of 32 on, tensors of 512x512 pictures have 2^31 elements, which some kernels refuse
         parts = (latents / self.vae.config.scaling_factor).split(DECODED_AT_ONCE)
         while True:
@@ -275,7 +277,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             except RuntimeError as error:
                 if self.vae.use_slicing or len(latents) == 1 or not is_out_of_memory(error):
                     raise
-            self.vae.enable_slicing()  # outside the handler, so that the failed try's memory is free
+            self.vae.enable_slicing()  # outside the handler, where the memory of the failed attempt is free
         is_finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
         if not all(is_finite):
             raise NonFiniteImageError([index for index, finite in enumerate(is_finite) if not finite], decoded.dtype)
@@ -283,7 +285,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
 
 
 def _check_changes(changed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what a callback changed; refuse other names and shapes, which would be lost or broadcast."""
+    """Return what a callback changed; raise a ValueError for other names and shapes."""
     for name, tensor in changed.items():
         if name not in tensors or tensor.shape != tensors[name].shape:
             kept = " and ".join(f"`{name}` {tuple(tensor.shape)}" for name, tensor in tensors.items())
@@ -292,9 +294,3 @@ def _check_changes(changed: dict[str, torch.Tensor], tensors: dict[str, torch.Te
                 "guidance early, use `guidance_interval`."
             )
     return changed
-
-
-def _to_pil(decoded: torch.Tensor) -> list[Image.Image]:
-    """Turn (B, 3, H, W) of -1 to 1 into pictures: rounded to uint8 where they are, then one copy to the host."""
-    pixels = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]

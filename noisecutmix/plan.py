@@ -1,4 +1,4 @@
-"""The plan: what item i of a data set is, known before anything is drawn."""
+"""The plan of a data set: the classes, box and noise seed of each item, known before anything is drawn."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,8 +45,8 @@ class Item:
 class Plan:
     """Items as a pure function of (seed, index, number of classes, alpha, resolution).
 
-    Item i draws everything from `SeedSequence([seed, i])`, so it does not depend on the batch, the process, an
-    interruption or the number of items. Target classes are uniform, the aug class is uniform over the others.
+    Everything in item i is drawn from `SeedSequence([seed, i])`, so it does not depend on the batch, the process, an
+    interruption or the number of items. Target classes are uniform; the aug class is uniform over the other classes.
 
     Raises:
         ValueError: an argument of the wrong kind or outside its range (see `RANGES`), or fewer than two classes.
@@ -63,7 +63,7 @@ class Plan:
             object.__setattr__(self, name, RANGES[name].check(name, getattr(self, name)))
 
     def item(self, index: int, target: int | None = None, aug: int | None = None) -> Item:
-        """Return item `index`; `target` and `aug` replace the drawn classes, box and noise stay the same.
+        """Return item `index`; `target` and `aug` replace the drawn classes, but change neither box nor noise.
 
         Raises:
             ValueError: an index or a label is not a whole number or out of range, or target and aug are equal.

@@ -1,4 +1,4 @@
-"""preview.png: what was drawn, at a glance."""
+"""preview.png: a grid of the first pictures, with boxes and captions."""
 
 import functools
 import importlib.util
@@ -25,8 +25,7 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def draw_preview(images: Sequence[Image.Image], items: Sequence[Item], class_names: Sequence[str]) -> Image.Image:
-    """Return a grid of up to 16 pictures, the box outlined, both classes with their shares of the label below."""
-    images, items = images[:MOST_PICTURES], items[:MOST_PICTURES]
+    """Return a grid of the pictures, each with its box outlined and both classes with their label shares below it."""
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
     cell_width, cell_height = SIDE + MARGIN, SIDE + CAPTION_HEIGHT + MARGIN
@@ -46,10 +45,10 @@ def draw_preview(images: Sequence[Image.Image], items: Sequence[Item], class_nam
 
 
 def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Return each class's real picture and drawn ones side by side under its name, in two columns where there are many.
+    """Return a row for each class: its name above a real picture and drawn ones. More than four get two columns.
 
     Args:
-        rows: (class name, pictures, the real one first), as many pictures in each.
+        rows: (class name, pictures, the real one first), with equally many pictures in each row.
     """
     side, top = SIDE // 2, 30
     columns = 2 if len(rows) > 4 else 1
@@ -67,17 +66,12 @@ def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.
 
 
 def _outline(grid: Image.Image, item: Item, size: tuple[int, int], left: int, top: int) -> None:
-    x_scale, y_scale = SIDE / size[0], SIDE / size[1]
+    """Draw the outline of an item's box onto its picture, which is scaled from `size` and lies at (left, top)."""
     box_left, box_top, box_right, box_bottom = item.box
-    if box_right <= box_left or box_bottom <= box_top:
-        return
-    outline = (
-        left + round(box_left * x_scale),
-        top + round(box_top * y_scale),
-        left + max(round(box_right * x_scale) - 1, round(box_left * x_scale)),
-        top + max(round(box_bottom * y_scale) - 1, round(box_top * y_scale)),
-    )
-    ImageDraw.Draw(grid).rectangle(outline, outline=TARGET_COLOR, width=3)
+    if box_left < box_right and box_top < box_bottom:
+        x0, y0, x1, y1 = (round(edge * SIDE / side) for edge, side in zip(item.box, size + size))
+        outline = (left + x0, top + y0, left + max(x1 - 1, x0), top + max(y1 - 1, y0))
+        ImageDraw.Draw(grid).rectangle(outline, outline=TARGET_COLOR, width=3)
 
 
 def _fit_caption(start: str, class_name: str, label: int) -> tuple[str, Font]:
@@ -98,10 +92,10 @@ def _fit_caption(start: str, class_name: str, label: int) -> tuple[str, Font]:
 
 
 def _font_files() -> Iterator[str]:
-    """Yield Pillow's built-in font, which has ASCII letters alone, then fonts that this machine may have."""
+    """Yield Pillow's built-in font, which only has ASCII letters, then fonts that this machine may have."""
     yield BUILT_IN
     yield from SYSTEM_FONTS
-    matplotlib = importlib.util.find_spec("matplotlib")  # it brings a font to machines that have none
+    matplotlib = importlib.util.find_spec("matplotlib")  # it contains a font
     if matplotlib and matplotlib.origin:
         yield str(Path(matplotlib.origin).with_name("mpl-data") / "fonts" / "ttf" / "DejaVuSans.ttf")
 
@@ -111,21 +105,21 @@ def _load_font(file: str, size: int) -> Font:
     try:
         if file == BUILT_IN:
             return ImageFont.load_default(size)
-        # The other layout engine is not part of every Pillow; with this one captions look the same everywhere.
+        # not every Pillow has the other layout engine, and captions shall look the same everywhere
         return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
     except ImportError:  # a Pillow without FreeType has one font of one size
         return ImageFont.load_default()
 
 
 def _can_show(file: str, text: str) -> bool:
-    """Return whether a font is there and has a glyph for each letter of a text."""
+    """Return whether a font is installed and has a glyph for each letter of a text."""
     try:
         font = _load_font(file, FONT_SIZES[0])
     except OSError:
         return False
     if not isinstance(font, ImageFont.FreeTypeFont):
         return text.isascii() and text.isprintable()
-    missing = _draw_letter(font, "\uffff")  # no character, so this is the box that stands for a missing glyph
+    missing = _draw_letter(font, "\uffff")  # U+FFFF is not a character: this draws the box for a missing glyph
     return all(_is_simple(letter) and _draw_letter(font, letter) != missing for letter in text)
 
 
@@ -135,5 +129,5 @@ def _draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, 
 
 
 def _is_simple(letter: str) -> bool:
-    """Return whether a letter can stand alone: not from right to left, and no mark that belongs to another letter."""
+    """Return whether a letter is drawn on its own: not from right to left, and not a mark on another letter."""
     return unicodedata.bidirectional(letter) not in ("R", "AL") and not unicodedata.category(letter).startswith("M")

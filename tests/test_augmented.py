@@ -106,7 +106,9 @@ def test_an_unfinished_folder_tells_how_far_it_is(folder, tmp_path, tiny_argumen
     root = shutil.copytree(folder, tmp_path / "out")
     (root / "soft_label.npy").unlink()
     (root / "image" / "gen_0004.png").unlink()
-    with pytest.raises(InputError, match=r"11 of 12 items are done; go on with: python augmentation.py .*--num_aug=12"):
+    with pytest.raises(
+        InputError, match=r"11 of 12 items are done; continue with: python augmentation.py .*--num_aug=12"
+    ):
         AugmentedDataset(root)
 
 
@@ -120,24 +122,24 @@ def test_a_folder_that_does_not_agree_is_refused(folder, tmp_path):
         AugmentedDataset(root)
     for damaged in (b"", b"\x93NUMPY\x01\x00\x06\x00{'a':("):
         (root / "soft_label.npy").write_bytes(damaged)
-        with pytest.raises(InputError, match=r"soft_label.npy is damaged; mend with: python augmentation.py"):
+        with pytest.raises(InputError, match=r"soft_label.npy is damaged; repair with: python augmentation.py"):
             AugmentedDataset(root)
     np.save(root / "soft_label.npy", np.zeros((12, 3), np.float32))
     (root / "metadata.jsonl").write_text('{"file_na')
-    with pytest.raises(InputError, match=r"metadata.jsonl is damaged; mend with: python augmentation.py"):
+    with pytest.raises(InputError, match=r"metadata.jsonl is damaged; repair with: python augmentation.py"):
         AugmentedDataset(root)
-    with pytest.raises(InputError, match=r"no data set of ours"):
+    with pytest.raises(InputError, match=r"is not a data set of augmentation.py"):
         AugmentedDataset(tmp_path / "nowhere")
 
 
-def test_a_copy_is_mended_by_the_command_that_is_advised(tiny_arguments, folder, tmp_path):
+def test_a_copy_is_repaired_by_the_command_that_is_advised(tiny_arguments, folder, tmp_path):
     """A copy's run.json holds the original's command, with the original's folder."""
     root = shutil.copytree(folder, tmp_path / "a copy")
     (root / "image" / "gen_0004.png").unlink()
     untouched = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     with pytest.raises(InputError) as refusal:
         AugmentedDataset(root)
-    words = shlex.split(str(refusal.value).partition("mend with: ")[2])
+    words = shlex.split(str(refusal.value).partition("repair with: ")[2])
     assert words[:2] == ["python", "augmentation.py"] and words.count(f"--output_dir={root}") == 1
     assert "--output_dir=out" not in words
     with as_command_line(*words[1:], folder=tmp_path) as main:
@@ -220,24 +222,30 @@ def test_rows_of_other_pictures_are_refused(folder, tmp_path):
     (root / "metadata.jsonl").write_text("".join(spaced))
     assert len(AugmentedDataset(root)) == 12  # a column more is no fault
     cut_off = [[*lines[:5], lines[5][:40] + "\n", *lines[6:]], [*lines[:-1], lines[-1][:40]]]
-    for wrong in (lines[::-1], lines[1:] + lines[:1], lines[:3] + lines[4:], [], *cut_off):
+    for wrong in (lines[::-1], lines[1:] + lines[:1], lines[:3] + lines[4:], *cut_off):
         (root / "metadata.jsonl").write_text("".join(wrong))
-        with pytest.raises(InputError, match=r"metadata.jsonl is damaged; mend with"):
+        with pytest.raises(InputError, match=r"metadata.jsonl is damaged; repair with"):
+            AugmentedDataset(root)
+    for few in ([], lines[:7]):
+        (root / "metadata.jsonl").write_text("".join(few))
+        with pytest.raises(InputError, match=rf"soft_label.npy has 12 rows, metadata.jsonl {len(few)}; repair with"):
             AugmentedDataset(root)
 
 
 def test_labels_of_another_type_are_refused(folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / "out")
-    np.save(root / "soft_label.npy", np.load(root / "soft_label.npy").astype(np.float64))
-    with pytest.raises(InputError, match=r"soft_label.npy is damaged; mend with"):
-        AugmentedDataset(root)
+    labels = np.load(root / "soft_label.npy")
+    for wrong in (labels.astype(np.float64), labels[:0], labels[0]):
+        np.save(root / "soft_label.npy", wrong)
+        with pytest.raises(InputError, match=r"soft_label.npy is damaged; repair with"):
+            AugmentedDataset(root)
 
 
 def test_a_folder_in_a_pictures_place_is_a_missing_picture(folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / "out")
     (root / "image" / "gen_0007.png").unlink()
     (root / "image" / "gen_0007.png").mkdir()
-    with pytest.raises(InputError, match=r"gen_0007.png is missing; mend with"):
+    with pytest.raises(InputError, match=r"gen_0007.png is missing; repair with"):
         AugmentedDataset(root)
 
 

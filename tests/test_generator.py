@@ -93,6 +93,8 @@ WRONG = {
     "class_names": ("one two", [1, 2], ["one", "one"]),
     "alpha": ("1", True, None),
     "num_inference_steps": (2.0, True, "2", 0, -1, 1000, 10**30),
+    "guidance_scale": (-1.0, True, "7.5", None),
+    "guidance_interval": ((0.8, 0.2), (0.0, 1.5), (0.0, 0.5, 1.0)),
     "batch_size": (2.5, True, "2", 0),
     "seed": (1.0, True, "0"),
     "resolution": (32.0, True, "32", 33, 0, -32),
@@ -110,9 +112,9 @@ def test_arguments_that_are_wrong_are_named(name, value):
 
 @pytest.mark.parametrize("resolution", [33, 0, 32.0, "32", True])
 def test_a_resolution_of_a_call_is_named(generator, resolution):
-    assert refusal(InputError, generator, [1], resolution=resolution).startswith(
-        f"`resolution`: has to be a multiple of 2, not {resolution!r}"
-    )
+    wanted = "a multiple of 2" if resolution == 33 else "a whole number from 1 to 8192"
+    message = refusal(InputError, generator, [1], resolution=resolution)
+    assert message == f"`resolution`: has to be {wanted}, not {resolution!r}"
 
 
 def test_numbers_of_numpy_are_numbers():
