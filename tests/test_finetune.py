@@ -304,17 +304,17 @@ BAD_PICTURES = {
     ),
     "two damaged pictures": (
         lambda folder: [truncate(folder / CLASS_NAMES[2] / f"{number}.png") for number in (0, 1)],
-        r"grey heron.0\.png cannot be read.*\(so are 1 more\)",
+        r"grey heron.0\.png cannot be read.*\(and 1 more\)",
     ),
     "class without pictures": (empty_a_class, "blue jay holds no picture"),
-    "one class": (keep_one_class, "birds holds 1 class folders, at least two are needed"),
+    "one class": (keep_one_class, "birds holds 1 class folders, but at least two are needed"),
     "no classes": (lambda folder: [shutil.rmtree(folder / name) for name in CLASS_NAMES], "holds 0 class folders"),
     "two names alike": (
         lambda folder: shutil.copytree(folder / CLASS_NAMES[0], folder / "red_kite"),
         "red kite and .*red_kite count as the same class name",
     ),
-    "hidden folder": (lambda folder: (folder / ".cache").mkdir(), r"\.cache' is no name of a class"),
-    "blank name": (lambda folder: rename(folder, CLASS_NAMES[0], "__"), "__' is no name of a class"),
+    "hidden folder": (lambda folder: (folder / ".cache").mkdir(), r"\.cache' is not a valid class name"),
+    "blank name": (lambda folder: rename(folder, CLASS_NAMES[0], "__"), "__' is not a valid class name"),
     "no folder": (shutil.rmtree, "birds is not there"),
 }
 
@@ -653,7 +653,7 @@ def test_a_run_that_is_cut_off_ends_as_an_uninterrupted_one(tmp_path, flags, tra
             finetune(tmp_path, *flags)
         assert not (tmp_path / "out" / LORA).exists()
     finetune(tmp_path, *flags)
-    assert "going on after step 8" in capsys.readouterr().err
+    assert "continuing after step 8" in capsys.readouterr().err
     assert difference(tmp_path / "out", trained) < 1e-6
     ours, theirs = (json.loads((folder / "finetune.json").read_text()) for folder in (tmp_path / "out", trained))
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
@@ -748,8 +748,8 @@ def test_a_damaged_state_falls_back_on_the_one_before(tmp_path, flags, trained, 
         finetune(tmp_path, *flags)
     truncate(tmp_path / "out" / "state_00000008.pt")
     finetune(tmp_path, *flags)
-    told = capsys.readouterr().err
-    assert "state_00000008.pt is damaged and not used" in told and "going on after step 4" in told
+    errors = capsys.readouterr().err
+    assert "state_00000008.pt is damaged and not used" in errors and "continuing after step 4" in errors
     assert difference(tmp_path / "out", trained) < 1e-6
 
 
@@ -798,8 +798,8 @@ def test_the_budget_is_that_of_diff_mix_and_is_said(photos, tmp_path, capsys):
     arguments = [f"--data_dir={photos}", "--meta_class=bird", f"--output_dir={tmp_path}", f"--model={DIGITS / 'base'}"]
     options = module.parse([*arguments, "--gradient_accumulation_steps=2"])
     assert module.plan_steps(options, find_photos(photos), Launch()) == 1000
-    told = capsys.readouterr().err
-    assert "3 classes, 9 pictures; 1000 steps of 16 pictures (8 in a batch x 2 accumulated x 1 processes)" in told
+    errors = capsys.readouterr().err
+    assert "3 classes, 9 pictures; 1000 steps of 16 pictures (8 in a batch x 2 accumulated x 1 processes)" in errors
     many = find_photos(photos).__class__(photos, ("a", "b"), (photos,) * 5994, (0,) * 5994, ())
     assert module.plan_steps(module.parse(arguments), many, Launch()) == -(-47 * 5994 // 8)
 
