@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion on a folder of pictures, a folder a class. The same command goes on after a stop.
+"""Fine-tune Stable Diffusion on pictures, one folder per class. After a stop, the same command continues the run.
 
 python ckpts/finetune.py --data_dir=photos --meta_class=bird --output_dir=ckpts/mine
 accelerate launch --num_processes=2 ckpts/finetune.py --data_dir=photos --meta_class=bird --output_dir=ckpts/mine
@@ -32,57 +32,63 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PASSES, FEWEST_STEPS = 47, 1000  # Diff-Mix's budget for CUB: 280,000 pictures shown over 5,994
-SMOOTHED_OVER = 50  # steps
-MEASURED_STEPS = 20  # before the time that is left is said
-DRAWN_A_CLASS = 2  # beside a real picture in the preview
+SMOOTHED_OVER = 50  # steps, over which the displayed loss is averaged
+MEASURED_STEPS = 20  # from which the remaining time is estimated
+DRAWN_PER_CLASS = 2  # pictures in the preview, beside a real one
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
 COUNT, RATE = Range(int, 1, 10**8), Range(float, 1e-12, 1e6)
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        description="Fine-tune on a folder of pictures, a folder a class. The same command goes on after a stop.",
+        description="Fine-tune on pictures, one folder per class. After a stop, the same command continues the run.",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110),
         allow_abbrev=False,
     )
     default = " (default: %(default)s)"
     add = parser.add_argument_group("pictures").add_argument
-    add("--data_dir", type=as_path, required=True, metavar="DIR", help="holds one folder a class")
-    add("--meta_class", type=as_text, required=True, metavar="WORD", help="what all of them are, such as bird")
-    add("--examples_per_class", type=as_number(COUNT), metavar="N", help="drawn by the seed (default: all)")
-    side = "of the square that is trained on"
+    add("--data_dir", type=as_path, required=True, metavar="DIR", help="folder with one folder of pictures per class")
+    add("--meta_class", type=as_text, required=True, metavar="WORD", help="word for all classes, such as bird")
+    add(
+        "--examples_per_class",
+        type=as_number(COUNT),
+        metavar="N",
+        help="pictures per class, chosen by the seed (default: all)",
+    )
+    side = "side of the square training pictures"
     add("--resolution", type=as_number(RANGES["resolution"]), default=512, metavar="PIXELS", help=side + default)
-    add("--random_flip", action="store_true", help="show mirror images half of the time")
-    add("--random_crop", action="store_true", help="cut anywhere, not in the middle: encodes in every step, slower")
+    add("--random_flip", action="store_true", help="mirror half of the pictures at random")
+    crop = "crop at random, not at the centre; slower, since every step encodes its pictures"
+    add("--random_crop", action="store_true", help=crop)
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=as_path, required=True, metavar="DIR", help="folder of the checkpoint")
-    add("--overwrite", action="store_true", help="delete what an earlier run wrote there and start anew")
-    between = "between two states, from which the same command goes on"
-    add("--checkpointing_steps", type=as_number(COUNT), default=500, metavar="N", help=between + default)
+    add("--overwrite", action="store_true", help="delete the files of an earlier run there and start again")
+    interval = "steps between two saved states, from which the same command continues"
+    add("--checkpointing_steps", type=as_number(COUNT), default=500, metavar="N", help=interval + default)
 
     add = parser.add_argument_group("training").add_argument
     model = "base model: hub id, id@revision or local folder"
     add("--model", type=as_model, default=STABLE_DIFFUSION, metavar="MODEL", help=model + default)
-    add("--rank", type=as_number(Range(int, 1, 1024)), default=10, metavar="R", help="of the LoRA" + default)
-    budget = f"(default: {PASSES} passes over the pictures, at least {FEWEST_STEPS} steps)"
+    add("--rank", type=as_number(Range(int, 1, 1024)), default=10, metavar="R", help="rank of the LoRA" + default)
+    budget = f"training steps (default: {PASSES} passes over the pictures, at least {FEWEST_STEPS} steps)"
     add("--max_train_steps", type=as_number(COUNT), metavar="N", help=budget)
     batch = "pictures in a batch"
     add("--train_batch_size", type=as_number(RANGES["batch_size"]), default=8, metavar="N", help=batch + default)
-    batches = "batches in a step"
+    batches = "batches in a training step"
     add("--gradient_accumulation_steps", type=as_number(COUNT), default=1, metavar="N", help=batches + default)
-    add("--learning_rate", type=as_number(RATE), default=5e-5, metavar="LR", help="of the LoRA" + default)
-    tokens = "of the classes' tokens"
+    add("--learning_rate", type=as_number(RATE), default=5e-5, metavar="LR", help="learning rate of the LoRA" + default)
+    tokens = "learning rate of the class tokens"
     add("--token_learning_rate", type=as_number(RATE), default=5e-5, metavar="LR", help=tokens + default)
-    falling = "how the rates fall to zero; only a constant one lets a finished run go on to more steps"
-    add("--lr_scheduler", choices=("constant", "linear", "cosine"), default="constant", help=falling + default)
-    add("--seed", type=as_number(RANGES["seed"]), default=0, metavar="S", help="decides all that is drawn" + default)
+    schedule = "schedule of the learning rates; only a constant one allows more steps after a finished run"
+    add("--lr_scheduler", choices=("constant", "linear", "cosine"), default="constant", help=schedule + default)
+    add("--seed", type=as_number(RANGES["seed"]), default=0, metavar="S", help="seed of all random choices" + default)
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=as_device, metavar="DEVICE", help="cuda, cuda:N, mps or cpu (default: the first there is)")
-    frozen = "of the frozen weights (default: float16 on cuda, else float32); what is trained is float32"
+    add("--device", type=as_device, metavar="DEVICE", help="cuda, cuda:N, mps or cpu (default: the first available)")
+    frozen = "type of the frozen weights (default: float16 on cuda, else float32); trained weights are float32"
     add("--dtype", choices=("float16", "bfloat16", "float32"), help=frozen)
-    add("--gradient_checkpointing", action="store_true", help="less memory, and slower")
+    add("--gradient_checkpointing", action="store_true", help="use less memory, but more time")
     return parser
 
 
@@ -96,10 +102,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.model = str(Path(options.model).resolve())
     options.meta_class = options.meta_class.strip()
     if not options.meta_class:
-        raise InputError("--meta_class: is blank; give a word for what all classes are, such as bird")
+        raise InputError("--meta_class: is blank; give a word for all classes, such as bird")
     output_dir, data_dir = options.output_dir.resolve(), options.data_dir.resolve()
     if data_dir in (output_dir, *output_dir.parents):
-        raise InputError(f"--output_dir: {options.output_dir} lies in --data_dir, whose folders are classes; move it")
+        raise InputError(
+            f"--output_dir: {options.output_dir} lies in --data_dir, where each folder is a class; choose another"
+        )
     check_writable(options.output_dir)
     return options
 
@@ -122,12 +130,12 @@ def main() -> None:
             if not launch.broadcast(launch.is_main and folder.steps == steps and folder.has_preview()):
                 train_and_draw(options, photos, steps, folder, launch)
     if launch.is_main:
-        print(f"{options.output_dir} is complete: {steps} steps; look at {options.output_dir / PREVIEW_FILE}, then")
+        print(f"{options.output_dir} is complete: {steps} steps; look at {options.output_dir / PREVIEW_FILE}, then run")
         print(f"python generation.py --data_name={options.output_dir}")
 
 
 def plan_steps(options: argparse.Namespace, photos: Photos, launch: Launch) -> int:
-    """Return how many steps to train, and say what is trained on."""
+    """Return the number of training steps; print the size of the data set and of the training."""
     options.effective_batch = options.train_batch_size * options.gradient_accumulation_steps * launch.count
     budget = max(FEWEST_STEPS, math.ceil(PASSES * len(photos.files) / options.effective_batch))
     steps: int = options.max_train_steps or budget
@@ -149,7 +157,7 @@ def choose_device_and_dtype(options: argparse.Namespace) -> None:
 
 
 def describe_shape(options: argparse.Namespace, photos: Photos, steps: int, launch: Launch) -> dict[str, Any]:
-    """Return what the weights depend on, as JSON values: a run may go on only where all of it is the same."""
+    """Return what the weights depend on, as JSON values. A run is continued only if all of them are the same."""
     names = "meta_class resolution random_flip random_crop examples_per_class rank learning_rate token_learning_rate"
     shape = {name: getattr(options, name) for name in (*names.split(), "lr_scheduler", "dtype", "seed")}
     shape["effective_batch"] = options.effective_batch
@@ -166,7 +174,7 @@ def describe_shape(options: argparse.Namespace, photos: Photos, steps: int, laun
 def train_and_draw(
     options: argparse.Namespace, photos: Photos, steps: int, folder: TrainingFolder, launch: Launch
 ) -> None:
-    """Train what is missing, write the checkpoint, draw the preview."""
+    """Train the remaining steps, write the checkpoint, draw the preview."""
     from noisecutmix.training import create_accelerator
 
     accelerator = create_accelerator(options.device, options.dtype, launch)
@@ -180,9 +188,9 @@ def train_and_draw(
         if is_out_of_memory(error):
             raise RunError(
                 f"out of memory with --train_batch_size={options.train_batch_size}; halve it and double "
-                "--gradient_accumulation_steps, which trains the same, or give --gradient_checkpointing"
+                "--gradient_accumulation_steps, which gives the same weights, or use --gradient_checkpointing"
             ) from error
-        if launch.count > 1 and not isinstance(error, RunError):  # perhaps a lost connection
+        if launch.count > 1 and not isinstance(error, RunError):  # the connection to another process may be lost
             time.sleep(3 * HEARTBEAT)
             launch.check_others()
         raise
@@ -196,14 +204,14 @@ def train(
     launch: Launch,
     accelerator: "Accelerator",
 ) -> None:
-    """Train from the newest state on, write states on the way, and the checkpoint at the end."""
+    """Train from the newest state, write a state at each interval, and write the checkpoint at the end."""
     from tqdm import tqdm
 
     from noisecutmix.training import Settings, Trainer
 
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
     settings = Settings(**{**values, "max_train_steps": steps})
-    trainer = Trainer(settings, photos, accelerator)  # before anything is written: the model may be wrong
+    trainer = Trainer(settings, photos, accelerator)  # before anything is written: it may refuse the model
     first, state = 0, {}  # type: int, dict[str, Any]
     if launch.is_main:
         base = {"model": options.model, "resolution": options.resolution, "meta_class": options.meta_class}
@@ -213,7 +221,7 @@ def train(
     if first:
         state = state or folder.read_state(first)
         trainer.load_state(state)
-        say(f"going on after step {first}")
+        say(f"continuing after step {first}")
     losses: list[float] = state.get("losses", [])
     trainer.posteriors.encode(folder.posteriors_file)
 
@@ -236,16 +244,16 @@ def train(
             bar.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}, {pictures:.1f} pictures/s", refresh=False)
             if done - first == MEASURED_STEPS:
                 seconds = (time.monotonic() - start) / MEASURED_STEPS * (steps - done)
-                say(f"{steps - done} steps to go, about {timedelta(seconds=round(seconds))} h")
+                say(f"{steps - done} steps remain, about {timedelta(seconds=round(seconds))} hours")
     if launch.is_main:
         trainer.save(folder.root)
-        del trainer  # and with it the map of the encoded pictures, which Windows would not delete
+        del trainer  # it maps the encoded pictures into memory; Windows does not delete a mapped file
         classes = {"classes": list(photos.class_names), "meta_class": settings.meta_class}
         folder.finish(steps, losses, classes)
 
 
 def describe_run(options: argparse.Namespace, launch: Launch) -> dict[str, Any]:
-    """Return what is worth knowing of a run beside what shapes the training; `command` goes on with it."""
+    """Return the record of this run, beside what the weights depend on; its `command` continues the run."""
     return {
         "command": ["python", *(argument for argument in sys.argv if argument != "--overwrite")],
         "train_batch_size": options.train_batch_size,
@@ -257,7 +265,7 @@ def describe_run(options: argparse.Namespace, launch: Launch) -> dict[str, Any]:
 
 
 def draw_preview(options: argparse.Namespace, photos: Photos, folder: TrainingFolder) -> None:
-    """Write preview.png: of up to 16 classes a real picture and two drawn ones, by the checkpoint as it was written."""
+    """Write preview.png: for up to 16 classes, a real picture and two drawn with the checkpoint that was written."""
     from noisecutmix import NoiseCutMixGenerator
     from noisecutmix.plan import Item
     from noisecutmix.preview import MOST_PICTURES, draw_comparison
@@ -267,8 +275,8 @@ def draw_preview(options: argparse.Namespace, photos: Photos, folder: TrainingFo
     generator = NoiseCutMixGenerator(options.device, data_name, dtype=options.dtype, batch_size=size)
     names = photos.class_names[:MOST_PICTURES]
     items = [
-        Item(number, number // DRAWN_A_CLASS, 0, (0, 0, side, side), 1.0, options.seed + number, side)
-        for number in range(DRAWN_A_CLASS * len(names))
+        Item(number, number // DRAWN_PER_CLASS, 0, (0, 0, side, side), 1.0, options.seed + number, side)
+        for number in range(DRAWN_PER_CLASS * len(names))
     ]
     drawn: list[Image.Image] = []
     for start in range(0, len(items), size):
@@ -276,7 +284,7 @@ def draw_preview(options: argparse.Namespace, photos: Photos, folder: TrainingFo
     rows = []
     for label, name in enumerate(names):
         real = crop_square(open_photo(photos.files[photos.labels.index(label)]), side)
-        rows.append((name, [real, *drawn[DRAWN_A_CLASS * label : DRAWN_A_CLASS * (label + 1)]]))
+        rows.append((name, [real, *drawn[DRAWN_PER_CLASS * label : DRAWN_PER_CLASS * (label + 1)]]))
     write_png(folder.root / PREVIEW_FILE, draw_comparison(rows))
 
 

@@ -1,4 +1,4 @@
-"""Draw img/overview.png: one denoising step of NoiseCutMix, and what comes out. All of it is computed by the demo.
+"""Draw img/overview.png: one denoising step of NoiseCutMix and some outputs, all computed with the demo model.
 
 uv run python img/make_overview.py
 """
@@ -33,7 +33,7 @@ HEADING, TEXT = ImageFont.load_default(34), ImageFont.load_default(27)
 
 
 class Step(NamedTuple):
-    """One denoising step of one picture: guided noise estimates (4, h, w) and the pictures they point to."""
+    """One denoising step of one picture: guided noise estimates (4, h, w) and the pictures that they predict."""
 
     mask: Image.Image
     estimates: dict[str, torch.Tensor]
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
 
 def choose_items(plan: Plan, count: int) -> list[Item]:
-    """Return the plan's first items that give each class at least three tenths of the label, every pair once."""
+    """Return the plan's first items with at least 0.3 of the label for each class; no pair of classes occurs twice."""
     chosen: dict[frozenset[int], Item] = {}
     index = 0
     while len(chosen) < count:
@@ -62,7 +62,7 @@ def draw_alone(generator: NoiseCutMixGenerator, items: Sequence[Item], shown: st
 
 
 def draw_and_watch(generator: NoiseCutMixGenerator, items: Sequence[Item]) -> tuple[list[Image.Image], Step]:
-    """Draw the items in one batch; return the pictures, and the featured one's denoising step."""
+    """Draw the items in one batch; return the pictures and one denoising step of the featured picture."""
     pipe = generator.pipe
     calls = []
     hook = pipe.unet.register_forward_hook(lambda unet, inputs, outputs: calls.append((*inputs, outputs[0])))
@@ -93,13 +93,13 @@ def paste(target: Image.Image, aug: Image.Image, item: Item) -> Image.Image:
 
 
 def show_estimate(estimate: torch.Tensor) -> Image.Image:
-    """Show the first three of four latent channels as red, green and blue: 0 is gray, ±3 the ends."""
+    """Show the first three of four latent channels as red, green and blue: 0 is grey, and ±3 are the limits."""
     pixels = (estimate[:3].permute(1, 2, 0).numpy() / 6 + 0.5).clip(0, 1)
     return Image.fromarray(np.uint8(np.round(pixels * 255)))
 
 
 class Sheet:
-    """A white picture, and the few things that are put on it."""
+    """A white picture, with methods that add text, pictures and arrows to it."""
 
     def __init__(self, height: int):
         self.image = Image.new("RGB", (WIDTH, height), "white")
@@ -122,7 +122,7 @@ class Sheet:
 
 
 def draw_step(sheet: Sheet, top: int, item: Item, step: Step, image: Image.Image, names: Sequence[str]) -> int:
-    """Draw the upper half; return where it ends."""
+    """Draw the upper half; return the y coordinate of its end."""
     target, aug = names[item.target], names[item.aug]
     sheet.write((MARGIN, top + 20), f"One denoising step ({STEP} of 25)", font=HEADING)
     explanation = "Noise estimates, with guidance: three of their four latent channels as red, green and blue."
@@ -146,7 +146,7 @@ def draw_step(sheet: Sheet, top: int, item: Item, step: Step, image: Image.Image
         sheet.write((center, upper - 60), "noise estimate", color, "mm")
         sheet.write((center, upper - 28), caption, color, "mm")
         sheet.show(show_estimate(step.estimates[name]), left, upper, PANEL, color, Image.Resampling.NEAREST)
-        sheet.write((center, lower - 36), "which points to", GRAY, "mm")
+        sheet.write((center, lower - 36), "predicted picture", GRAY, "mm")
         sheet.show(step.pictures[name], left, lower, PANEL, color)
 
     mask_top = middle - PANEL // 2
@@ -175,10 +175,11 @@ def draw_step(sheet: Sheet, top: int, item: Item, step: Step, image: Image.Image
 def draw_outputs(
     sheet: Sheet, top: int, items: Sequence[Item], rows: dict[str, list[Image.Image]], names: Sequence[str]
 ) -> int:
-    """Draw the lower half; return where it ends."""
-    sheet.write((MARGIN, top + 20), "What comes out", font=HEADING)
+    """Draw the lower half; return the y coordinate of its end."""
+    sheet.write((MARGIN, top + 20), "Outputs", font=HEADING)
     explanation = (
-        "The first pairs of seed 0 whose classes both have 0.3 of the label or more. A column starts from one noise."
+        "The first pairs of seed 0 in which each class has at least 0.3 of the label. "
+        "The pictures of a column start from the same noise."
     )
     sheet.write((MARGIN, top + 64), explanation, GRAY)
     first = WIDTH - MARGIN - COLUMNS * (CELL + CELL_GAP) + CELL_GAP

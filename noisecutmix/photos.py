@@ -1,6 +1,6 @@
-"""A user's pictures: a folder for each class, every picture opened once and made a square RGB one.
+"""The training pictures: listing one folder per class, checking every file, opening them as square RGB pictures.
 
-Imports neither torch nor numpy, so that a bad folder is refused at once.
+The module imports neither torch nor numpy, so that a bad folder is refused at once.
 """
 
 import collections
@@ -24,7 +24,7 @@ PHOTOMETRIC, BITS_PER_SAMPLE = 262, 258  # TIFF tags
 class Photos:
     """A folder of pictures: `labels[i]` is the class of `files[i]`; label k is `class_names[k]`.
 
-    `notes` are whole sentences about files that are not used, for the user to read.
+    `notes` are sentences about files that are not used, to be printed for the user.
     """
 
     root: Path
@@ -38,8 +38,8 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
     """List the pictures below each class's folder, in the order of torchvision's ImageFolder.
 
     Args:
-        root: holds one folder a class; pictures lie at any depth below.
-        examples_per_class: as many pictures of each class, drawn by `seed`; None takes all.
+        root: holds one folder per class; pictures may lie at any depth below it.
+        examples_per_class: the number of pictures of each class, chosen by `seed`; None takes all.
 
     Raises:
         InputError: there are not at least two classes, a class has no picture, or two folders have the same name.
@@ -63,15 +63,15 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
             raise InputError(f"`data_dir`: {folder} holds no picture ({', '.join(SUFFIXES)}); add some or delete it")
         if examples_per_class is not None:
             num_small += len(of_class) < examples_per_class
-            of_class = sorted(sorted(of_class, key=lambda file: _draw(seed, root, file))[:examples_per_class])
+            of_class = sorted(sorted(of_class, key=lambda file: _random_key(seed, root, file))[:examples_per_class])
         files += of_class
         labels += [label] * len(of_class)
     notes = []
     if unused:
         kinds = ", ".join(f"{count} {kind}" for kind, count in unused.most_common(4))
-        notes.append(f"{unused.total()} files are no pictures that are read here ({kinds}); they are not used")
+        notes.append(f"{unused.total()} files are not pictures of a supported type ({kinds}); they are not used")
     if num_small:
-        notes.append(f"{num_small} classes have fewer than {examples_per_class} pictures; all of theirs are used")
+        notes.append(f"{num_small} classes have fewer than {examples_per_class} pictures; all of them are used")
     return Photos(root, tuple(folder.name for folder in folders), tuple(files), tuple(labels), tuple(notes))
 
 
@@ -79,7 +79,7 @@ def check_photos(photos: Photos) -> None:
     """Open every picture.
 
     Raises:
-        InputError: one cannot be read; the message names the first.
+        InputError: a picture cannot be read; the message names the first one.
     """
     from tqdm import tqdm
 
@@ -91,28 +91,28 @@ def check_photos(photos: Photos) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     if failed:
-        more = f" (so are {len(failed) - 1} more)" if len(failed) > 1 else ""
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise InputError(f"{failed[0]}{more}")
 
 
 def open_photo(file: Path) -> Image.Image:
-    """Return a picture as RGB: upright by its EXIF orientation, 16 bits scaled to 8, transparency laid on white.
+    """Return a picture as RGB: rotated as its EXIF orientation says, 16 bits scaled to 8, on a white background.
 
     Raises:
-        InputError: the file cannot be read, or does not say which of its values is white.
+        InputError: the file cannot be read, or its format does not define which value is white.
     """
     try:
-        # not by its name: Pillow then maps an uncompressed TIFF into memory, and scrambles one that is to be turned
+        # given a file name, Pillow maps an uncompressed TIFF into memory and corrupts it when it rotates it
         with open(file, "rb") as stream, Image.open(stream) as image:
             image.load()
             grey = _scale_to_8_bits(image) if image.mode.startswith(("I", "F")) else image
             return _lay_on_white(ImageOps.exif_transpose(grey))
-    except Exception as error:  # Pillow's readers raise their own, struct's, zlib's and many more
+    except Exception as error:  # Pillow's readers raise many types, also those of struct and zlib
         raise InputError(f"`data_dir`: {file} cannot be read: {first_line(error)}") from error
 
 
 def crop_square(image: Image.Image, side: int, position: float = 0.5) -> Image.Image:
-    """Scale the shorter side to `side` pixels and cut the longer one: `position` 0 keeps its start, 1 its end."""
+    """Scale the shorter side to `side` pixels and crop the longer one: `position` 0 keeps its start, 1 its end."""
     short = min(image.size)
     left, top = ((length - short) * position for length in image.size)
     box = (left, top, left + short, top + short)
@@ -124,14 +124,14 @@ def _check_names(root: Path, folders: list[Path]) -> None:
     for folder in folders:
         name = comparison_key(folder.name)
         if folder.name.startswith(".") or not name or not folder.name.isprintable():
-            raise InputError(f"`data_dir`: {str(folder)!r} is no name of a class; rename the folder or move it away")
+            raise InputError(f"`data_dir`: {str(folder)!r} is not a valid class name; rename or move the folder")
         if name in by_name:
             raise InputError(f"`data_dir`: {by_name[name]} and {folder} count as the same class name; rename one")
         by_name[name] = folder
     if len(folders) < 2:
         raise InputError(
-            f"`data_dir`: {root} holds {len(folders)} class folders, at least two are needed; "
-            "put each class's pictures into a folder of its name"
+            f"`data_dir`: {root} holds {len(folders)} class folders, but at least two are needed; "
+            "put the pictures of each class into a folder with the class's name"
         )
 
 
@@ -143,12 +143,13 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names)
 
 
-def _draw(seed: int, root: Path, file: Path) -> bytes:
-    """Return a picture's place in the seed's order; it does not depend on the other pictures."""
+def _random_key(seed: int, root: Path, file: Path) -> bytes:
+    """Return the sort key that puts a picture into the seed's order; it does not depend on the other pictures."""
     return hashlib.sha256(f"{seed} {file.relative_to(root).as_posix()}".encode(errors="surrogateescape")).digest()
 
 
 def _reason_against(file: Path) -> str | None:
+    """Return why a picture cannot be used, None if it can."""
     try:
         open_photo(file)
     except InputError as error:
@@ -157,14 +158,14 @@ def _reason_against(file: Path) -> str | None:
 
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale grey of 16 bits: Pillow's own conversion cuts off all that is above 255."""
+    """Scale a picture of 16-bit grey values; Pillow's own conversion clips all values above 255."""
     tags = getattr(image, "tag_v2", {})
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     if not is_16_bit or tags.get(BITS_PER_SAMPLE, (16,)) != (16,):
-        raise ValueError(f"its values ({image.mode}) do not say what is white; save it with 8 or 16 bits")
+        raise ValueError(f"its format ({image.mode}) does not define which value is white; save it with 8 or 16 bits")
     grey = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-    grey.info.pop("transparency", None)  # a grey of 16 bits
-    is_white_zero = tags.get(PHOTOMETRIC) == 0  # which Pillow heeds in 8 bits alone
+    grey.info.pop("transparency", None)  # it is a 16-bit value
+    is_white_zero = tags.get(PHOTOMETRIC) == 0  # Pillow applies it to 8-bit pictures only
     return ImageOps.invert(grey) if is_white_zero else grey
 
 

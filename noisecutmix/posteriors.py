@@ -1,7 +1,7 @@
-"""What training sees: each picture's latents, encoded once, and how the n-th picture is shown.
+"""The training samples: the latents of each picture, encoded once, and the random choices of each sample.
 
-Showings are a pure function of the seed and their number, so a state needs no random numbers, and the same effective
-batch trains the same weights (to rounding) on any number of processes.
+A showing is one sample: one use of a picture in training. It is a pure function of the seed and its number. So a state
+holds no random state, and the same effective batch trains the same weights (to rounding) on any number of processes.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from .photos import Photos, crop_square, open_photo
 
 @dataclass(frozen=True)
 class Showing:
-    """One picture as it is shown once: which, how it is turned and cut, and the noise that is to be found.
+    """One training sample: the picture's index, whether it is mirrored, its crop position, timestep and noise.
 
     `posterior_noise` and `noise` have the latents' shape (channels, height, width), float32.
     """
@@ -40,10 +40,10 @@ class Showing:
 def plan_showing(
     seed: int, number: int, num_pictures: int, num_timesteps: int, shape: tuple[int, ...], random_flip: bool
 ) -> Showing:
-    """Return the run's `number`-th showing: every pass over the pictures has an order of its own."""
+    """Return the run's `number`-th showing. Every pass over the pictures has its own random order."""
     index = _order_of_pass(seed, number // num_pictures, num_pictures)[number % num_pictures]
     (own_seed,) = np.random.SeedSequence([seed, 1, number]).generate_state(1, np.uint64)
-    rng = torch.Generator().manual_seed(int(own_seed) >> 1)  # on the CPU: the same on every device
+    rng = torch.Generator().manual_seed(int(own_seed) >> 1)  # on the CPU, so that it is the same on every device
     flip, position = torch.rand(2, generator=rng).tolist()
     timestep = int(torch.randint(num_timesteps, (), generator=rng))
     posterior_noise, noise = torch.randn((2, *shape), generator=rng)
@@ -56,19 +56,19 @@ def _order_of_pass(seed: int, number: int, num_pictures: int) -> np.ndarray:
 
 
 class Posteriors:
-    """Mean and deviation of the pictures' latents, by the VAE.
+    """The VAE's posteriors of the pictures: mean and standard deviation of their latents.
 
     Args:
-        vae: frozen, on the device, in the dtype.
+        vae: the frozen VAE, on its device and in its dtype.
         photos: the pictures.
-        resolution: their side in pixels, of which the VAE's factor is a divisor.
-        random_flip: mirror images are shown, too.
-        random_crop: each showing has a crop of its own, which is encoded when it is shown.
-        batch_size: pictures encoded at once.
+        resolution: side of the pictures in pixels, a multiple of the VAE's factor.
+        random_flip: whether mirror images are encoded, too.
+        random_crop: whether each showing has its own crop, which is encoded when the showing is used.
+        batch_size: number of pictures encoded at once.
         accelerator: the processes, which share the encoding, and the device.
 
     Attributes:
-        shape: of the latents of one picture, (channels, height, width).
+        shape: shape of the latents of one picture, (channels, height, width).
     """
 
     def __init__(
@@ -94,20 +94,20 @@ class Posteriors:
         self._encoded: torch.Tensor | None = None
 
     def of(self, showings: Sequence[Showing]) -> torch.Tensor:
-        """Return mean and deviation of each showing's latents, (B, 2, channels, height, width).
+        """Return mean and standard deviation of each showing's latents, (B, 2, channels, height, width).
 
         Raises:
-            RunError: a picture cannot be read any more, or its encoding is not finite; with `random_crop` alone.
+            RunError: a picture cannot be read any more, or its encoding is not finite; only with `random_crop`.
         """
         if self._encoded is None:
             return self._encode([(showing.index, showing.is_flipped, showing.position) for showing in showings])
         return torch.stack([self._encoded[showing.index, int(showing.is_flipped)] for showing in showings])
 
     def encode(self, file: Path) -> None:
-        """Encode all pictures into `file`, or take what is there already; with `random_crop` do nothing.
+        """Encode all pictures into `file`, or use the file that exists; with `random_crop` do nothing.
 
         The file holds (pictures, 1 or 2, 2, channels, height, width) in the VAE's dtype: the picture and its mirror
-        image, mean and deviation. It is mapped into memory, so that a step reads no more than its batch.
+        image, mean and standard deviation. It is mapped into memory, so that a step reads only its batch.
 
         Raises:
             RunError: a picture cannot be read any more, its encoding is not finite, or the disk is full.
@@ -129,10 +129,10 @@ class Posteriors:
         self._accelerator.wait_for_everyone()
         flat = torch.from_file(str(file), shared=False, size=int(np.prod(shape)), dtype=self._vae.dtype)
         self._encoded = flat.reshape(shape)
-        self._vae.to("cpu")  # its work is done
+        self._vae.to("cpu")  # it is not needed on the device any more
 
     def _write_own_share(self, part: Path, size: int) -> None:
-        """Write every n-th picture, n being the number of processes, at its place; each takes `size` bytes."""
+        """Write this process's pictures, every n-th for n processes, at their offsets; each takes `size` bytes."""
         own = range(self._accelerator.process_index, len(self._photos.files), self._accelerator.num_processes)
         is_main = self._accelerator.is_main_process
         with (
@@ -150,7 +150,7 @@ class Posteriors:
 
     @torch.no_grad()
     def _encode(self, views: Sequence[tuple[int, bool, float]]) -> torch.Tensor:
-        """Return mean and deviation (B, 2, channels, height, width) of views (index, is_flipped, position)."""
+        """Return mean and standard deviation (B, 2, channels, height, width) of views (index, is_flipped, position)."""
         pixels = torch.stack(list(self._pool.map(self._read, views)))
         posterior = self._vae.encode(pixels.to(self._accelerator.device, self._vae.dtype)).latent_dist
         encoded = torch.stack([posterior.mean, posterior.std], dim=1)
@@ -174,7 +174,8 @@ class Posteriors:
 
 @contextlib.contextmanager
 def _naming(file: Path, size: int) -> Iterator[None]:
+    """Raise an operating system's error as a RunError that names the file and its full size."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"{file}: {error.strerror}; the encoded pictures take {size / 1e9:.1f} GB there") from error
+        raise RunError(f"{file}: {error.strerror}; the encoded pictures need {size / 1e9:.1f} GB there") from error

@@ -1,4 +1,4 @@
-"""Fine-tuning as Diff-Mix does it: a LoRA on the UNet's attention and one new token a class, all else frozen."""
+"""Fine-tuning as Diff-Mix does it: train a LoRA on the UNet's attention and one new token per class."""
 
 import contextlib
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ from .posteriors import Posteriors, plan_showing
 from .quiet import quiet_libraries
 
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
-LARGEST_GRADIENT = 1.0  # the norm at which the LoRA's is clipped
+MAX_GRADIENT_NORM = 1.0  # of all LoRA weights together; larger gradients are clipped
 MIXED_PRECISION = {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; `ckpts/finetune.py --help` says what each is. `dtype` is float16, bfloat16 or float32."""
+    """The training options, as `ckpts/finetune.py --help` explains them. `dtype` is float16, bfloat16 or float32."""
 
     model: str
     meta_class: str
@@ -50,10 +50,10 @@ class Settings:
 
 
 def create_accelerator(device: str, dtype: str, launch: Launch) -> Accelerator:
-    """Join the processes of this launch, on cuda, cuda:N, mps or cpu.
+    """Connect the processes of this launch; the device is cuda, cuda:N, mps or cpu.
 
     Raises:
-        InputError: the device does not take the dtype, or accelerate's settings ask for sharding or the like.
+        InputError: the device does not support the dtype, or accelerate is configured for sharding or the like.
     """
     if ":" in device:
         torch.cuda.set_device(device)
@@ -62,19 +62,19 @@ def create_accelerator(device: str, dtype: str, launch: Launch) -> Accelerator:
         accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision=MIXED_PRECISION[dtype],
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer accumulates itself
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer itself accumulates
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
         raise InputError(f"`dtype`: {dtype} cannot be used on {device}: {error}") from error
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise InputError(f"accelerate is set to {kind.value}, which is not supported; launch one process a GPU")
+        raise InputError(f"accelerate is set to {kind.value}, which is not supported; launch one process per GPU")
     return accelerator
 
 
 class TokenTable(nn.Module):
-    """A frozen token table with trained rows behind it, so that gradients and moments exist for those rows alone."""
+    """A frozen embedding table followed by trained rows; only these rows have gradients and optimizer moments."""
 
     def __init__(self, frozen: nn.Embedding, rows: torch.Tensor):
         super().__init__()
@@ -88,7 +88,7 @@ class TokenTable(nn.Module):
 
 
 class NoiseEstimator(nn.Module):
-    """Text encoder and UNet as one module: noisy latents and token ids in, the UNet's estimate out."""
+    """Text encoder and UNet as one module: estimates the noise from noisy latents, timesteps and token ids."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module):
         super().__init__()
@@ -104,18 +104,18 @@ class Trainer:
     """The model under training, and its steps.
 
     Args:
-        settings: how to train.
-        photos: what to train on.
+        settings: the training options.
+        photos: the training pictures.
         accelerator: the processes, the device and the mixed precision.
 
     Attributes:
-        effective_batch: pictures a step, over all processes and accumulated gradients.
-        lora: (down, up) of each attention layer, as `save_checkpoint` takes it.
+        effective_batch: pictures per step, over all processes and accumulated gradients.
+        lora: (down, up) of each attention layer, in the form that `save_checkpoint` takes.
         rows: the new tokens' embeddings (num_classes, width).
         posteriors: the pictures' latents.
 
     Raises:
-        InputError: the model cannot be loaded, or does not take the captions.
+        InputError: the model cannot be loaded, or its text encoder cannot read the captions.
     """
 
     def __init__(self, settings: Settings, photos: Photos, accelerator: Accelerator):
@@ -125,7 +125,7 @@ class Trainer:
         self._dtype: torch.dtype = DTYPES[settings.dtype]
         per_process = settings.train_batch_size * settings.gradient_accumulation_steps
         self.effective_batch = per_process * accelerator.num_processes
-        # peft draws first weights, which are drawn anew below
+        # peft draws initial weights, which _draw_lora replaces
         with quiet_libraries(), torch.random.fork_rng(devices=[]):
             pipe = load_base_model(settings.model, prefers_half=self._dtype == torch.float16)
             pipe.to(self._dtype)
@@ -149,7 +149,7 @@ class Trainer:
         schedule = get_scheduler(
             settings.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=settings.max_train_steps
         )
-        self._rate_factor = schedule.lr_lambdas[0]  # of the step alone, so that a state need not hold it
+        self._rate_factor = schedule.lr_lambdas[0]  # a function of the step alone, so a state does not hold it
         self._model, self._optimizer = accelerator.prepare(NoiseEstimator(pipe.unet, pipe.text_encoder), optimizer)
         self._scaling_factor: float = pipe.vae.config.scaling_factor
         self.posteriors = Posteriors(
@@ -171,18 +171,18 @@ class Trainer:
         for part in range(count):
             place = part * self._accelerator.num_processes + self._accelerator.process_index
             first = step * self.effective_batch + place * size
-            is_last = part == count - 1  # the processes' gradients are averaged once a step
+            is_last = part == count - 1  # average the processes' gradients once per step
             with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._model):
                 loss = self._loss(range(first, first + size)) / count
                 self._accelerator.backward(loss)
             mean_loss += loss.detach()
-        self._accelerator.clip_grad_norm_(self._lora_weights, LARGEST_GRADIENT)
+        self._accelerator.clip_grad_norm_(self._lora_weights, MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(self._accelerator.reduce(mean_loss, "mean"))
 
     def state(self) -> dict[str, Any]:
-        """Return all that training changes, as `load_state` takes it."""
+        """Return everything that training changes, for `load_state`."""
         scaler = self._accelerator.scaler
         return {
             "lora": {name: [half.detach().cpu() for half in halves] for name, halves in self.lora.items()},
@@ -193,7 +193,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state of a run with the same settings."""
+        """Restore a state of a run with the same settings."""
         for name, halves in self.lora.items():
             for half, saved in zip(halves, state["lora"][name]):
                 half.copy_(saved)
@@ -207,7 +207,7 @@ class Trainer:
         save_checkpoint(folder, self.lora, self.rows, self.photos.class_names)
 
     def _add_tokens(self, tokenizer: Any, text_encoder: Any) -> nn.Parameter:
-        """Give each class a token that starts as the mean of its name's own tokens; set the captions' ids."""
+        """Add a token per class, initialised as the mean of its name's tokens; set the captions' ids; return rows."""
         names, table = self.photos.class_names, text_encoder.get_input_embeddings()
         placeholders = [f"<class_{label}>" for label in range(len(names))]
         known = tokenizer.get_vocab().keys() & placeholders
@@ -218,7 +218,7 @@ class Trainer:
         tokenizer.add_tokens(placeholders)
         captions = [DEFAULT_PROMPT.format(name=name, meta_class=self.settings.meta_class) for name in placeholders]
         if len(tokenizer(captions[-1]).input_ids) > tokenizer.model_max_length:
-            raise InputError(f"`meta_class`: is too long for the {tokenizer.model_max_length} tokens the model reads")
+            raise InputError(f"`meta_class`: is too long; the model reads {tokenizer.model_max_length} tokens")
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         first_new = tokenizer.convert_tokens_to_ids(placeholders[0])
         # the table may be longer than the tokenizer's vocabulary
@@ -228,7 +228,7 @@ class Trainer:
         return token_table.rows
 
     def _draw_lora(self, unet: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Draw down from a normal distribution of deviation 1 / rank and set up to zero, both in float32."""
+        """Draw `down` from a normal distribution of standard deviation 1 / rank; set `up` to zero; both in float32."""
         rng = torch.Generator().manual_seed(self.settings.seed)
         lora = {}
         for name, module in unet.named_modules():

@@ -1,4 +1,4 @@
-"""The folder that training writes: how it is made, its states, the checkpoint. Imports no torch before it must."""
+"""The folder of a checkpoint: its record, the training states, the checkpoint. Imports torch only for states."""
 
 import contextlib
 import json
@@ -25,10 +25,10 @@ TEMPORARY = re.compile(rf"\.({WRITTEN.pattern})\.[0-9a-f]{{32}}\.tmp")
 
 
 class TrainingFolder:
-    """A checkpoint's folder while it is made and afterwards.
+    """The folder of a checkpoint, during and after the training.
 
-    `finetune.json` tells how it is made and how many steps the checkpoint in it has. A state is a single file, so it is
-    whole or not there.
+    `finetune.json` records the options of the training and how many steps the checkpoint has. A state is a single file
+    that is written atomically, so it is complete or missing.
 
     Args:
         root: the folder.
@@ -41,29 +41,29 @@ class TrainingFolder:
 
     @contextlib.contextmanager
     def held(self, options: dict[str, Any], max_train_steps: int, overwrite: bool) -> Iterator[None]:
-        """Lock the folder, which is made where it is not there; a new one goes again if nothing is written into it.
+        """Lock the folder, and create it if it is missing; delete a new folder in which nothing was written.
 
         Args:
-            options: all that shapes what is trained, as JSON values; it must equal that of an earlier run here.
-            max_train_steps: at least as many as the folder has.
-            overwrite: an earlier run's files are to be deleted, so its options do not matter.
+            options: what the weights depend on, as JSON values; must equal the options of an earlier run here.
+            max_train_steps: the number of steps to train, at least as many as the folder has.
+            overwrite: whether an earlier run's files will be deleted, so that its options do not matter.
 
         Raises:
-            InputError: another run holds the folder, it was made with other options, or it is not this program's.
+            InputError: another run holds the folder, or it was made with other options or by another program.
         """
         self._read_record(options, max_train_steps, overwrite)
         with hold_folder(self.root):
-            self._record = self._read_record(options, max_train_steps, overwrite)  # again: another run may have written
+            self._record = self._read_record(options, max_train_steps, overwrite)  # another run may have changed it
             self._options = options
             self._overwrite = overwrite
             yield
 
     def begin(self, content: dict[str, Any], run: dict[str, Any]) -> None:
-        """Clear away what is not whole, or all of an earlier run, and write finetune.json.
+        """Delete temporary files, with `overwrite` all files of an earlier run, and write finetune.json.
 
         Args:
-            content: what stands at its top, as JSON values: `model` and `resolution` among it.
-            run: what is worth knowing of this run alone, as JSON values; `command` is what goes on with it.
+            content: the first entries of finetune.json, as JSON values; they include `model` and `resolution`.
+            run: the record of this run, as JSON values; its `command` continues the run.
         """
         self.has_begun = True
         for entry in list(os.scandir(self.root)):
@@ -76,24 +76,24 @@ class TrainingFolder:
 
     @property
     def steps(self) -> int:
-        """How many steps the finished checkpoint has; 0 where there is none."""
+        """The number of steps of the finished checkpoint, 0 if there is none."""
         is_there = all((self.root / name).is_file() for name in CHECKPOINT)
         return int(self._record.get("steps", 0)) if is_there else 0
 
     def find_state(self) -> tuple[int, dict[str, Any]]:
-        """Return (step, state) of the newest whole state, (0, {}) where there is none."""
+        """Return (step, state) of the newest undamaged state, (0, {}) if there is none."""
         import torch
 
         for step, file in sorted(self._states(), reverse=True):
             try:
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
                 return step, state
-            except Exception as error:  # a damaged pickle fails in many ways, and each means the same
+            except Exception as error:  # a damaged pickle raises errors of many types
                 say(f"{file} is damaged and not used ({type(error).__name__})")
         return 0, {}
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """Return the state of a step that `find_state` found, in another process of the launch."""
+        """Return the state of a step, which the main process has found with `find_state`."""
         import torch
 
         state: dict[str, Any] = torch.load(self._state_file(step), map_location="cpu", weights_only=True)
@@ -109,11 +109,11 @@ class TrainingFolder:
             old.unlink()
 
     def describe_progress(self, max_train_steps: int) -> str:
-        """Return which state is kept; empty where this run has not begun."""
+        """Return which state is kept, or an empty string if this run has not begun."""
         return f"the state of step {self._newest()} of {max_train_steps} is kept" if self.has_begun else ""
 
     def finish(self, steps: int, losses: list[float], classes: dict[str, Any]) -> None:
-        """Write what tells that the checkpoint, which is there already, has these steps."""
+        """Record that the checkpoint, which is written already, is finished and has so many steps."""
         with atomic_file(self.root / CLASSES_FILE) as file:
             file.write(json.dumps(classes, indent=2, ensure_ascii=False).encode())
         (self.root / PREVIEW_FILE).unlink(missing_ok=True)
@@ -136,14 +136,14 @@ class TrainingFolder:
         return max((step for step, _ in self._states()), default=0)
 
     def _write_record(self, steps: int, losses: list[float]) -> None:
-        """Write finetune.json: readable, but all losses in one line."""
+        """Write finetune.json with indentation, but all losses on one line."""
         content = json.dumps({**self._record, "steps": steps, "losses": None}, indent=2, ensure_ascii=False)
         self._record.update(steps=steps, losses=losses)
         with atomic_file(self.root / FINETUNE_FILE) as file:
             file.write(content.replace('"losses": null', f'"losses": {json.dumps(losses)}').encode())
 
     def _read_record(self, options: dict[str, Any], max_train_steps: int, overwrite: bool) -> dict[str, Any]:
-        """Return the earlier finetune.json, empty where there is none, or refuse the folder."""
+        """Return the content of an earlier finetune.json, {} if there is none. Raises InputError as `held` does."""
         file = self.root / FINETUNE_FILE
         if not file.exists():
             foreign = [name for name in CHECKPOINT if (self.root / name).exists()]
@@ -164,7 +164,7 @@ class TrainingFolder:
         if differences:
             raise InputError(
                 f"`output_dir`: {self.root} was made with another {differences}; "
-                "give the same, another folder, or `overwrite`"
+                "give the same options, another folder, or `overwrite`"
             )
         if max(steps, self._newest()) > max_train_steps:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Takes away what a shell may bring along and would decide otherwise than the tests say; before torch is imported."""
+"""Removes settings of the user's shell that would change the results of the tests; imported before torch."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ for name in (
     "TORCH_COMPILE_DISABLE", "TQDM_DISABLE",
 ):  # fmt: skip
     os.environ.pop(name, None)
-if "cuda" not in sys.argv:  # of "pytest -m cuda", which is for a real GPU
+if "cuda" not in sys.argv:  # "pytest -m cuda" uses a real GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait busily for long starve the other processes
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; the scripts would inherit it
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin for long would slow down the other processes
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell; the scripts would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")

@@ -27,7 +27,7 @@ DIGITS = ROOT / "ckpts" / "digits"
 CLASS_NAMES = ["red kite", "blue jay", "grey heron"]
 TINY_WIDTH = 32
 RANK = 10
-LONGEST_WAIT = 300  # seconds: two cores may have other work
+LONGEST_WAIT = 300  # seconds, since the machine may be busy with other work
 
 
 def load_module(path):
@@ -39,7 +39,7 @@ def load_module(path):
 
 
 def build_tiny_components(tokenizer_folder):
-    """Return Stable Diffusion's parts, tiny and random: pictures of 16x16, factor 2."""
+    """Return the components of a tiny random Stable Diffusion: pictures of 16x16, a VAE of factor 2."""
     load_module(DIGITS / "train.py").write_tokenizer(tokenizer_folder)
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     with torch.random.fork_rng():
@@ -96,7 +96,7 @@ def random_lora(unet, rank=RANK, scale=0.3, seed=1):
 
 
 def in_old_keys(layers):
-    """Return a LoRA's state dict as Diff-Mix writes it, without a prefix."""
+    """Return a LoRA's state dict with the key names of Diff-Mix, without a prefix."""
     state_dict = {}
     for name, (down, up) in layers.items():
         attention, layer = name.removesuffix(".0").rsplit(".", 1)
@@ -168,7 +168,7 @@ def tiny_pipeline(tiny_model, tiny_checkpoint):
 
 @pytest.fixture(scope="session")
 def tiny_arguments(tiny_model, tiny_checkpoint, tiny_data):
-    """The flags that make either script draw 16x16 pictures of the tiny model in no time."""
+    """The flags with which either script quickly draws 16x16 pictures with the tiny model."""
     return [
         f"--data_name={tiny_data}",
         f"--model={tiny_model}",
@@ -181,19 +181,19 @@ def tiny_arguments(tiny_model, tiny_checkpoint, tiny_data):
 
 @contextlib.contextmanager
 def as_command_line(script, *arguments, folder):
-    """Give the script's main() in this process, for runs whose own start-up says nothing: it takes seconds."""
+    """Yield the script's main(), to be run in this process: a new process would take seconds to start."""
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:
-            yield speaking_of_flags(load_module(ROOT / script).main)
+            yield naming_flags(load_module(ROOT / script).main)
         finally:
             signal.signal(signal.SIGTERM, handler)
 
 
-def speaking_of_flags(main):
-    """Give the errors of a script's main() the words in which the script prints them."""
+def naming_flags(main):
+    """Return a main() whose errors name flags, as the script prints them."""
 
     def run():
         try:
@@ -205,7 +205,7 @@ def speaking_of_flags(main):
 
 
 def files_of(folder):
-    """Return {name: content} of what a data set consists of."""
+    """Return {name: content} of the files of a data set."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -215,7 +215,7 @@ def files_of(folder):
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a command in the background; whatever a failed test leaves running is killed."""
+    """Start a command in the background; at the end, kill every process that is still running."""
     processes = []
 
     def start_one(arguments, **environment):
@@ -253,7 +253,7 @@ def run_to_the_end(tmp_path, arguments, num_aug, *more):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, tiny_arguments):
-    """A complete data set of twenty items, drawn in one go."""
+    """A complete data set of twenty items, drawn without an interruption."""
     folder = tmp_path_factory.mktemp("whole")
     run_to_the_end(folder, tiny_arguments, 20)
     return folder / "out"
@@ -269,7 +269,7 @@ def offline_environment(**changes):
 
 @pytest.fixture
 def run_script(tmp_path):
-    """Run a script as a user does, in another working directory; return the completed process."""
+    """Run a script as a user does, in an empty working directory; return the completed process."""
 
     def run(script, *arguments, timeout=240, environment=None, **options):
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""Models with random weights in the shapes that the benchmark and the dry run draw with. Nothing is downloaded."""
+"""Models with random weights, in the shapes that the benchmark and the dry run use. Nothing is downloaded."""
 
 import json
 import runpy
@@ -20,7 +20,7 @@ LORA_RANK = 10
 
 @dataclass(frozen=True)
 class Shape:
-    """A model to build with random weights: the components' configurations, and how many classes are learned."""
+    """A model to build with random weights: configurations of the components, and the number of learned classes."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
@@ -82,7 +82,7 @@ SHAPES = {
 
 
 def build(folder: Path, shape: Shape) -> None:
-    """Write base/ with random weights of half precision, checkpoint/ in Diff-Mix's format, and data_set.json."""
+    """Write base/ with random half-precision weights, checkpoint/ in Diff-Mix's format, and data_set.json."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         components = build_components(folder / "base" / "tokenizer", shape)
@@ -95,7 +95,7 @@ def build(folder: Path, shape: Shape) -> None:
 
 
 def build_components(tokenizer_folder: Path, shape: Shape) -> dict[str, Any]:
-    """Return Stable Diffusion's parts on torch's default device; the tokenizer is written to the folder."""
+    """Return the components of Stable Diffusion on torch's default device; write the tokenizer to the folder."""
     trainer = runpy.run_path(str(DIGITS / "train.py"))
     tokenizer = build_tokenizer(tokenizer_folder, trainer["write_tokenizer"], shape)
     special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -119,7 +119,7 @@ def write_data_set(file: Path, shape: Shape) -> None:
 
 
 def build_tokenizer(folder: Path, write_tokenizer: Callable[[Path], None], shape: Shape) -> CLIPTokenizer:
-    """The demo's byte-level tokenizer, filled up to the text encoder's size: so adding a token is a resize upwards."""
+    """The demo's byte-level tokenizer, filled up to the size of the text encoder, so that a new token enlarges it."""
     write_tokenizer(folder)
     vocabulary_file, config_file = folder / "vocab.json", folder / "tokenizer_config.json"
     *characters, start, end = json.loads(vocabulary_file.read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ def build_tokenizer(folder: Path, write_tokenizer: Callable[[Path], None], shape
 
 
 def write_checkpoint(folder: Path, unet: UNet2DConditionModel, shape: Shape) -> None:
-    """Write a LoRA on all attention layers, under Diff-Mix's keys, and one learned token a class."""
+    """Write a LoRA on all attention layers, with Diff-Mix's key names, and one learned token per class."""
     lora = {}
     for name, layer in unet.named_modules():
         attention, _, projection = name.removesuffix(".0").rpartition(".")

@@ -1,6 +1,6 @@
-"""What a data set costs by its size: looking through a folder, writing into it, opening it as a torch data set.
+"""Measures the time per item of data sets of several sizes: to check a folder, write into it, and load from it.
 
-benchmark.py --scale prints these as tables. A simulated generator stands in for the model: small noise pictures.
+benchmark.py --scale prints these tables. The pictures are noise, without a model.
 """
 
 import statistics
@@ -22,7 +22,7 @@ from noisecutmix.plan import Plan
 
 SIZES = (1_000, 100_000, 1_000_000)
 RESOLUTIONS = (64, 512)
-LOOKED_THROUGH = 400  # items, of whose cost the median of five is taken
+CHECKED = 400  # items
 REPEATS = 5
 CLASS_NAMES = [f"class {label}" for label in range(10)]
 
@@ -44,17 +44,17 @@ print(time.perf_counter() - start, memory() - before)
 def measure_scale(folder: Path | None = None) -> str:
     """Return the tables as text."""
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        looks = [look_through(Path(root) / str(resolution), resolution) for resolution in RESOLUTIONS]
+        checks = [measure_checking(Path(root) / str(resolution), resolution) for resolution in RESOLUTIONS]
         sizes = [measure_size(Path(root) / f"of_{size}", size) for size in SIZES]
     lines = [
-        "looking through a folder, ms an item (median of five, warm)",
+        "checking a folder, ms per item (median of five, files in the cache)",
         f"{'':>12}{'quick':>10}{'--verify':>10}{'ratio':>8}",
     ]
-    for resolution, quick, thorough in looks:
+    for resolution, quick, thorough in checks:
         lines.append(f"{resolution:>5}x{resolution:<6}{quick:>10.3f}{thorough:>10.3f}{thorough / quick:>7.0f}x")
     lines += [
         "",
-        "one folder, by the number of items; us an item",
+        "one folder, by the number of items; us per item",
         f"{'items':>10}" + "".join(f"{name:>12}" for name in sizes[0][1]),
     ]
     for size, costs in sizes:
@@ -62,30 +62,30 @@ def measure_scale(folder: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def look_through(root: Path, resolution: int) -> tuple[int, float, float]:
-    """Return (resolution, ms an item quickly, ms an item with every pixel), in one run side by side."""
-    folder = begin(root, LOOKED_THROUGH, resolution)
+def measure_checking(root: Path, resolution: int) -> tuple[int, float, float]:
+    """Return (resolution, ms per item of the quick check, ms per item of every pixel), measured alternately."""
+    folder = begin(root, CHECKED, resolution)
     rng = np.random.default_rng(0)
-    for item in folder.plan.items(LOOKED_THROUGH):
+    for item in folder.plan.items(CHECKED):
         folder.write(item, Image.fromarray(smooth_noise(rng, resolution)))
-    indices = np.arange(LOOKED_THROUGH)
+    indices = np.arange(CHECKED)
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(REPEATS):
         for every_pixel in (False, True):
             seconds[every_pixel].append(timed(lambda: folder.has_whole_files(indices, every_pixel)))  # noqa: B023
-    quick, thorough = (1000 * statistics.median(values) / LOOKED_THROUGH for values in seconds)
+    quick, thorough = (1000 * statistics.median(values) / CHECKED for values in seconds)
     return resolution, quick, thorough
 
 
 def measure_size(root: Path, size: int) -> tuple[int, dict[str, float]]:
-    """Return (size, microseconds an item by what is done)."""
+    """Return (size, microseconds per item of each operation)."""
     folder = begin(root, size, 8)
     image = Image.new("RGB", (8, 8))
     with ThreadPoolExecutor(8) as pool:
         write = timed(lambda: list(pool.map(lambda item: folder.write(item, image), folder.plan.items(size))))
     costs = {"write": write, "list": timed(lambda: [folder.items.find_missing(part) for part in PARTS])}
     indices = np.arange(size)
-    costs["look"] = timed(lambda: folder.has_whole_files(indices))
+    costs["check"] = timed(lambda: folder.has_whole_files(indices))
     costs["finish"] = timed(folder.finish)
     costs["compare"] = timed(folder.has_planned_labels)
     costs["open"], _ = open_data_set(root)
@@ -94,14 +94,14 @@ def measure_size(root: Path, size: int) -> tuple[int, dict[str, float]]:
 
 
 def load_some(root: Path) -> float:
-    """Return the seconds for a thousand items in random order."""
+    """Return the seconds to load a thousand items in random order."""
     data_set = AugmentedDataset(root)
     indices = np.random.default_rng(0).integers(len(data_set), size=1000).tolist()
     return timed(lambda: [data_set[index] for index in indices])
 
 
 def open_data_set(root: Path) -> tuple[float, float]:
-    """Return (seconds, MB of private memory) that a process of its own needs to open a data set."""
+    """Return (seconds, MB of private memory) that a new process needs to open a data set."""
     output = subprocess.run(
         [sys.executable, "-c", OPEN_DATA_SET, str(root)], capture_output=True, text=True, check=True
     ).stdout

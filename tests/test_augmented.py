@@ -1,4 +1,4 @@
-"""The loader: rows by index, soft labels throughout, and draws that the seed decides."""
+"""The torch data sets: items by index, soft labels only, and random draws that depend on the seed alone."""
 
 import contextlib
 import copy
@@ -27,7 +27,7 @@ def to_tensor(picture):
 
 
 class Constant(Dataset):
-    """Pictures of one level, labels 0, 1, 2, 0, …, in a class that spawned workers can import."""
+    """Pictures of one grey level with labels 0, 1, 2, 0, …; a class that spawned workers can import."""
 
     def __init__(self, level, size, soft=False):
         self.level, self.size, self.soft = level, size, soft
@@ -41,7 +41,7 @@ class Constant(Dataset):
 
 
 def numbers(first, size):
-    """Pictures that are their own number, of class 0; in torch's class, so that spawned workers import no tests."""
+    """Numbers as pictures, all of class 0; a class of torch, so that spawned workers import no tests."""
     return TensorDataset(torch.arange(first, first + size), torch.zeros(size, dtype=torch.int64))
 
 
@@ -61,7 +61,7 @@ def folder(tmp_path_factory, tiny_arguments):
     return root / "out"
 
 
-def test_items_are_the_folders_rows(folder):
+def test_items_are_the_rows_of_the_folder(folder):
     augmented = AugmentedDataset(folder)
     labels = np.load(folder / "soft_label.npy")
     assert len(augmented) == 12 and augmented.num_classes == 3
@@ -102,7 +102,7 @@ def test_an_index_is_one_whole_number(folder):
             data_set[-13]
 
 
-def test_an_unfinished_folder_tells_how_far_it_is(folder, tmp_path, tiny_arguments):
+def test_an_unfinished_folder_is_refused_with_its_progress(folder, tmp_path, tiny_arguments):
     root = shutil.copytree(folder, tmp_path / "out")
     (root / "soft_label.npy").unlink()
     (root / "image" / "gen_0004.png").unlink()
@@ -112,7 +112,7 @@ def test_an_unfinished_folder_tells_how_far_it_is(folder, tmp_path, tiny_argumen
         AugmentedDataset(root)
 
 
-def test_a_folder_that_does_not_agree_is_refused(folder, tmp_path):
+def test_an_inconsistent_folder_is_refused(folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / "out")
     (root / "image" / "gen_0004.png").unlink()
     with pytest.raises(InputError, match=r"image/gen_0004.png is missing"):
@@ -132,8 +132,8 @@ def test_a_folder_that_does_not_agree_is_refused(folder, tmp_path):
         AugmentedDataset(tmp_path / "nowhere")
 
 
-def test_a_copy_is_repaired_by_the_command_that_is_advised(tiny_arguments, folder, tmp_path):
-    """A copy's run.json holds the original's command, with the original's folder."""
+def test_the_suggested_command_repairs_a_copy(tiny_arguments, folder, tmp_path):
+    """The run.json of a copy holds the command of the original, which names the original folder."""
     root = shutil.copytree(folder, tmp_path / "a copy")
     (root / "image" / "gen_0004.png").unlink()
     untouched = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
@@ -149,7 +149,7 @@ def test_a_copy_is_repaired_by_the_command_that_is_advised(tiny_arguments, folde
 
 
 @pytest.mark.parametrize("flag", [["--output_dir", "elsewhere"], ["--output_dir=elsewhere"]])
-def test_the_advised_command_names_the_folder_once(folder, tmp_path, flag):
+def test_the_suggested_command_names_the_folder_once(folder, tmp_path, flag):
     root = shutil.copytree(folder, tmp_path / "out")
     (root / "soft_label.npy").unlink()
     command = ["python", "augmentation.py", *flag, "--num_aug=12"]
@@ -180,7 +180,7 @@ def test_the_advised_command_names_the_folder_once(folder, tmp_path, flag):
     ],
     ids=range(16),
 )
-def test_a_run_json_that_was_edited_is_refused_in_one_line(folder, tmp_path, content):
+def test_an_edited_run_json_is_refused_in_one_line(folder, tmp_path, content):
     root = shutil.copytree(folder, tmp_path / "out")
     (root / "run.json").write_text(content)
     for complete in (True, False):
@@ -192,7 +192,7 @@ def test_a_run_json_that_was_edited_is_refused_in_one_line(folder, tmp_path, con
 
 @contextlib.contextmanager
 def without_root_rights():
-    """Root may read every file: be another user meanwhile."""
+    """Run as another user, because root may read every file."""
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
@@ -205,8 +205,8 @@ def without_root_rights():
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
 @pytest.mark.parametrize("name", ["run.json", "metadata.jsonl", "soft_label.npy", "image"])
-def test_a_file_that_may_not_be_read_is_named(folder, name):
-    with tempfile.TemporaryDirectory() as others_may_enter:  # unlike pytest's folders
+def test_a_file_without_read_permission_is_named(folder, name):
+    with tempfile.TemporaryDirectory() as others_may_enter:  # pytest's folders are private
         os.chmod(others_may_enter, 0o755)
         root = shutil.copytree(folder, f"{others_may_enter}/out")
         os.chmod(f"{root}/{name}", 0)
@@ -215,12 +215,12 @@ def test_a_file_that_may_not_be_read_is_named(folder, name):
         os.chmod(f"{root}/{name}", 0o755)
 
 
-def test_rows_of_other_pictures_are_refused(folder, tmp_path):
+def test_metadata_rows_of_other_pictures_are_refused(folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / "out")
     lines = (root / "metadata.jsonl").read_text().splitlines(keepends=True)
     spaced = [json.dumps({"text": "a bird", **json.loads(line)}, indent=None) + "\n" for line in lines]
     (root / "metadata.jsonl").write_text("".join(spaced))
-    assert len(AugmentedDataset(root)) == 12  # a column more is no fault
+    assert len(AugmentedDataset(root)) == 12  # an additional column is allowed
     cut_off = [[*lines[:5], lines[5][:40] + "\n", *lines[6:]], [*lines[:-1], lines[-1][:40]]]
     for wrong in (lines[::-1], lines[1:] + lines[:1], lines[:3] + lines[4:], *cut_off):
         (root / "metadata.jsonl").write_text("".join(wrong))
@@ -241,7 +241,7 @@ def test_labels_of_another_type_are_refused(folder, tmp_path):
             AugmentedDataset(root)
 
 
-def test_a_folder_in_a_pictures_place_is_a_missing_picture(folder, tmp_path):
+def test_a_folder_in_place_of_a_picture_is_a_missing_picture(folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / "out")
     (root / "image" / "gen_0007.png").unlink()
     (root / "image" / "gen_0007.png").mkdir()
@@ -263,8 +263,8 @@ def simulate(root, count):
 
 
 @pytest.mark.slow
-def test_opening_costs_little_an_item_and_workers_nothing(tmp_path):
-    """A million items: 5 s and 200 MB; here a tenth of both for a tenth of the items."""
+def test_opening_a_large_folder_is_cheap(tmp_path):
+    """The limits are 5 s and 200 MB for a million items; here a tenth of both for a tenth of the items."""
     simulate(tmp_path, 100_000)
     start = time.process_time()
     AugmentedDataset(tmp_path)
@@ -274,10 +274,10 @@ def test_opening_costs_little_an_item_and_workers_nothing(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20e6
-    assert len(pickle.dumps(augmented)) < 1000  # what a spawned worker is sent
+    assert len(pickle.dumps(augmented)) < 1000  # the pickle is sent to each spawned worker
 
 
-def test_workers_are_sent_as_much_for_any_number_of_items(tmp_path):
+def test_the_pickle_has_one_size_for_any_number_of_items(tmp_path):
     sizes = []
     for count in (2000, 1001):
         simulate(tmp_path / str(count), count)
@@ -299,13 +299,13 @@ def test_the_probability_is_kept_and_labels_have_one_shape():
 
 
 @pytest.mark.parametrize(("probability", "level"), [(0.0, 0.0), (1.0, 1.0)])
-def test_never_and_always(probability, level):
+def test_probabilities_of_0_and_1(probability, level):
     mixed = MixedDataset(Constant(0.0, 20), Constant(1.0, 5, soft=True), probability, 3)
     assert all(mixed[i][0].mean() == level for i in range(20))
 
 
 def epochs(seed, workers, count=2):
-    """What each epoch drew, in index order."""
+    """Return the draws of each epoch, in index order."""
     mixed = MixedDataset(Constant(0.0, 64), Constant(1.0, 8, soft=True), 0.5, 3, seed)
     loader = DataLoader(mixed, batch_size=8, num_workers=workers)
     return [torch.cat([images.mean(dim=(1, 2, 3)) for images, _ in loader]) for _ in range(count)]
@@ -318,7 +318,7 @@ def test_epochs_differ_and_the_seed_decides():
     assert not torch.equal(epochs(seed=1, workers=0)[0], first)
 
 
-def test_workers_change_nothing():
+def test_workers_do_not_change_the_draws():
     assert torch.equal(torch.stack(epochs(seed=0, workers=2)), torch.stack(epochs(seed=0, workers=0)))
 
 
@@ -333,7 +333,7 @@ def draw_epoch(mixed, epoch):
 
 @pytest.mark.parametrize("num_ranks", [6, 8])
 def test_ranks_draw_as_one_process_does_and_epochs_differ(num_ranks):
-    """Items move between the ranks, each of which has a data set of its own."""
+    """The sampler moves items between the ranks, and each rank has its own data set."""
     ranks = [new_numbers() for _ in range(num_ranks)]
     samplers = [DistributedSampler(mixed, num_ranks, rank) for rank, mixed in enumerate(ranks)]
     seen = []
@@ -350,14 +350,14 @@ def test_ranks_draw_as_one_process_does_and_epochs_differ(num_ranks):
         assert len(replaced) > 30 and np.mean([a == b for a, b in replaced]) < 0.1
 
 
-def test_a_resumed_training_draws_what_an_uninterrupted_one_draws():
+def test_resumed_training_draws_as_uninterrupted_training():
     mixed = new_numbers()
     for epoch in range(3):
         draw_epoch(mixed, epoch)
     assert draw_epoch(mixed, 3) == draw_epoch(new_numbers(), 3)
 
 
-def test_an_index_that_comes_twice_in_an_epoch_is_drawn_anew():
+def test_an_index_used_twice_in_an_epoch_is_drawn_again():
     mixed = new_numbers()
     first, second = draw_epoch(mixed, 0), [mixed[index][0].item() for index in range(240)]
     assert first != second
@@ -375,8 +375,8 @@ def test_the_epoch_reaches_persistent_workers(method):
 
 
 @start_methods
-def test_a_launched_process_keeps_its_epoch_to_itself(method):
-    """Ranks that were given one data set, as by torch.multiprocessing.spawn, do not change each other's epoch."""
+def test_the_epoch_of_a_process_does_not_reach_other_processes(method):
+    """Ranks that share a data set, as with torch.multiprocessing.spawn, do not change each other's epoch."""
     skip_without(method)
     mixed = new_numbers()
     mixed.set_epoch(2)
@@ -409,7 +409,7 @@ def test_another_number_of_classes_is_named(folder):
         MixedDataset(Constant(0.0, 4), AugmentedDataset(folder), 0.5, 4)
 
 
-def test_wrong_labels_and_probabilities_are_named():
+def test_errors_name_labels_and_probabilities():
     with pytest.raises(ValueError, match="probability"):
         MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 1.5, 3)
     with pytest.raises(ValueError, match="empty"):
@@ -423,7 +423,7 @@ def test_wrong_labels_and_probabilities_are_named():
 
 
 @pytest.mark.parametrize("label", [True, 1.0, [0.5, 0.6, 0.0], [1.5, -0.5, 0.0], [float("nan"), 0.0, 0.0], None])
-def test_a_label_that_is_no_class_and_no_share_is_refused(label):
+def test_an_invalid_label_is_refused(label):
     with pytest.raises(ValueError, match="a label has to be a class below 3 or that many shares of sum 1"):
         MixedDataset([(0, label)], Constant(1.0, 3), 0.0, 3)[0]
 

@@ -1,4 +1,4 @@
-"""Bad input: one line on standard error that names the flag, exit status 2, nothing written, no torch imported."""
+"""Bad input gives one line on standard error that names the flag, and exit status 2; torch is not imported."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def files_below(folder):
 
 
 BOTH = ("augmentation.py", "generation.py")
-# name: (scripts, arguments, what the line says)
+# name: (scripts, arguments, part of the message)
 CASES = {
     "num_aug zero": (BOTH[:1], ["--num_aug=0"], "--num_aug: has to be a whole number from 1 to "),
     "num_aug negative": (BOTH[:1], ["--num_aug=-3"], "--num_aug: "),
@@ -187,7 +187,7 @@ def test_bad_input(folder, script, case):
     assert files_below(folder) == before
 
 
-def test_real_data_without_checkpoint_says_where_it_goes(folder):
+def test_a_missing_checkpoint_is_reported_with_its_folder(folder):
     if (ROOT / "ckpts" / "cub").exists():
         pytest.skip("this checkout has the checkpoint")
     done = run_without_torch(folder, "augmentation.py", "--data_name=cub")
@@ -201,20 +201,20 @@ TEXT_FLAGS = [
 ]
 
 
-NO_TEXT = "caf\udce9"  # Python's name for the bytes of "café" in Latin-1
+INVALID_TEXT = "caf\udce9"  # Python's name for the bytes of "café" in Latin-1
 
 
 @pytest.mark.parametrize("flag", TEXT_FLAGS)
-def test_bytes_that_are_no_valid_text_are_refused_in_every_flag(flag):
-    for arguments in ([f"{flag}={NO_TEXT}"], [flag, NO_TEXT]):
+def test_invalid_text_is_refused_in_every_flag(flag):
+    for arguments in ([f"{flag}={INVALID_TEXT}"], [flag, INVALID_TEXT]):
         with pytest.raises(InputError, match=rf"^{flag}: '.*caf\\udce9' is not valid text; "):
             cli.parse_generation(["--data_name=digits", *arguments])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="arguments are no bytes there")
-def test_bytes_that_are_no_valid_text_write_nothing(folder):
+def test_invalid_text_writes_nothing(folder):
     before = files_below(folder)
-    done = run_without_torch(folder, "augmentation.py", "--data_name=digits", f"--output_dir={NO_TEXT}")
+    done = run_without_torch(folder, "augmentation.py", "--data_name=digits", f"--output_dir={INVALID_TEXT}")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert done.stderr.startswith("augmentation.py: error: --output_dir: ")
     assert files_below(folder) == before
@@ -256,7 +256,7 @@ def test_a_checkpoint_may_hold_its_lora_as_bin(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "mps"])
-def test_a_gpu_that_is_not_there(run_script, tmp_path, device):
+def test_a_missing_gpu_is_reported(run_script, tmp_path, device):
     if device == "mps" and sys.platform == "darwin":
         pytest.skip("it may be there")
     done = run_script("generation.py", "--data_name=digits", f"--device={device}", "--output_dir=new")

@@ -1,4 +1,4 @@
-"""Checkpoints as Diff-Mix writes them, and in newer keys: applied exactly, or refused with one line."""
+"""Checkpoints with the keys of Diff-Mix and with newer keys are applied exactly, or refused in one line."""
 
 import json
 import pickle
@@ -44,7 +44,7 @@ def in_peft_keys(layers):
 
 
 def in_named_adapter_keys(layers):
-    """As peft keeps them in a model."""
+    """The key names that peft uses in a model."""
     return {key.replace(".weight", ".default.weight"): tensor for key, tensor in in_peft_keys(layers).items()}
 
 
@@ -53,7 +53,7 @@ def in_prefixed_old_keys(layers):
 
 
 def in_kohya_keys(layers):
-    """With alpha, half the rank: the LoRA counts half."""
+    """With an alpha of half the rank, which halves the LoRA."""
     state_dict = {}
     for name, (down, up) in layers.items():
         key = f"lora_unet_{name.replace('.', '_')}"
@@ -77,7 +77,7 @@ def test_lora_changes_the_unet_by_up_times_down(tiny_model, tiny_lora, tmp_path,
     write_checkpoint(tmp_path, keys(tiny_lora))
     before = StableDiffusionPipeline.from_pretrained(tiny_model).unet.state_dict()
     after = load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict()
-    assert after.keys() == before.keys()  # no adapter is left
+    assert after.keys() == before.keys()  # no adapter remains
     for name, weight in before.items():
         layer = name.removesuffix(".weight")
         expected = weight
@@ -121,7 +121,7 @@ def assert_weights_are(actual, expected):
 
 
 @pytest.mark.parametrize("case", PEFT_SETTINGS)
-def test_what_peft_saved_changes_the_unet_as_peft_does(tiny_model, unet, tmp_path, case):
+def test_a_lora_saved_by_peft_changes_the_unet_as_peft_does(tiny_model, unet, tmp_path, case):
     merged = save_with_peft(unet, tmp_path, **PEFT_SETTINGS[case])
     write_embeddings(tmp_path)
     assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), merged)
@@ -129,8 +129,8 @@ def test_what_peft_saved_changes_the_unet_as_peft_does(tiny_model, unet, tmp_pat
 
 @pytest.mark.parametrize("prefix", ["unet.", ""])
 @pytest.mark.parametrize("case", PEFT_SETTINGS)
-def test_settings_inside_the_safetensors_file_count(tiny_model, unet, tmp_path, case, prefix):
-    """As diffusers saves them: with a prefix for a pipeline, without one for a UNet."""
+def test_settings_in_the_safetensors_file_are_applied(tiny_model, unet, tmp_path, case, prefix):
+    """In the form in which diffusers saves them: with a prefix for a pipeline, without one for a UNet."""
     merged = save_with_peft(unet, tmp_path, **PEFT_SETTINGS[case])
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").unlink()
@@ -141,8 +141,8 @@ def test_settings_inside_the_safetensors_file_count(tiny_model, unet, tmp_path, 
     assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), merged)
 
 
-def test_layers_of_several_ranks_keep_their_strength(tiny_model, tiny_components, tmp_path):
-    """Without settings every layer counts once, whatever its rank, and an alpha counts for its layer alone."""
+def test_layers_of_several_ranks_keep_their_scale(tiny_model, tiny_components, tmp_path):
+    """Without settings the scale of a layer is 1 for any rank, and an alpha applies only to its own layer."""
     ranks = {name: random_lora(tiny_components["unet"], rank=rank) for name, rank in (("to_q", 3), ("to_k", 5))}
     layers = {name: halves for name, halves in ranks["to_q"].items() if not name.endswith("to_k")}
     layers |= {name: halves for name, halves in ranks["to_k"].items() if name.endswith("to_k")}
@@ -188,7 +188,7 @@ def test_settings_that_cannot_be_applied_are_refused(tiny_model, unet, tmp_path,
     assert message in refusal_of(tiny_model, tmp_path)
 
 
-def test_a_dora_is_refused_by_its_name(tiny_model, unet, tiny_lora, tmp_path):
+def test_a_dora_is_refused(tiny_model, unet, tiny_lora, tmp_path):
     save_with_peft(unet, tmp_path, r=4, use_dora=True)
     write_embeddings(tmp_path)
     assert "is a DoRA" in refusal_of(tiny_model, tmp_path)
@@ -200,7 +200,7 @@ def test_a_dora_is_refused_by_its_name(tiny_model, unet, tiny_lora, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["text_encoder.", "lora_te_"])
-def test_a_part_for_the_text_encoder_is_refused_as_that(tiny_model, tiny_lora, tmp_path, prefix):
+def test_weights_for_the_text_encoder_are_refused(tiny_model, tiny_lora, tmp_path, prefix):
     name = f"{prefix}text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
     write_checkpoint(tmp_path, in_kohya_keys(tiny_lora) | {name: torch.ones(4, 4)})
     assert "is for the text encoder" in refusal_of(tiny_model, tmp_path)
@@ -253,7 +253,7 @@ def test_a_hostile_pickle_in_a_base_model_is_not_run(tiny_model, tiny_checkpoint
 
 @pytest.fixture
 def hub(tiny_model, tmp_path, monkeypatch):
-    """A hub's cache without a network: a function that puts the tiny model there as a commit, with a README."""
+    """A function that puts the tiny model as a commit, with a README, into a hub cache that is used offline."""
     cache = tmp_path / "hub" / "models--someone--tiny"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -275,10 +275,10 @@ def hub(tiny_model, tmp_path, monkeypatch):
     return commit
 
 
-def test_a_hub_model_is_known_by_the_files_that_are_loaded(hub, tiny_model):
+def test_a_hub_model_is_identified_by_the_files_that_are_loaded(hub, tiny_model):
     snapshot = hub(1)
     first = fingerprint_model("someone/tiny", False)
-    assert first == fingerprint_model(str(tiny_model), False)  # and so is a local copy
+    assert first == fingerprint_model(str(tiny_model), False)  # a local copy is identified in the same way
     hub(2, readme="An edited page.")
     assert fingerprint_model("someone/tiny", False) == first
     snapshot = hub(3)
@@ -288,7 +288,7 @@ def test_a_hub_model_is_known_by_the_files_that_are_loaded(hub, tiny_model):
     assert fingerprint_model("someone/tiny", False) != first
 
 
-def test_a_revision_of_a_hub_model_can_be_asked_for(hub, tiny_checkpoint, tmp_path, capsys):
+def test_a_revision_of_a_hub_model_can_be_selected(hub, tiny_checkpoint, tmp_path, capsys):
     hub(1)
     changed = StableDiffusionPipeline.from_pretrained(hub(2, branch="v2"))
     with torch.no_grad():
@@ -304,7 +304,7 @@ def test_a_revision_of_a_hub_model_can_be_asked_for(hub, tiny_checkpoint, tmp_pa
         load_pipeline("someone/tiny@v3", tiny_checkpoint, "cpu")
 
 
-def test_settings_of_a_lora_belong_to_the_checkpoints_fingerprint(unet, tmp_path):
+def test_the_fingerprint_of_a_checkpoint_includes_the_lora_settings(unet, tmp_path):
     save_with_peft(unet, tmp_path, r=4, lora_alpha=16)
     write_embeddings(tmp_path)
     before = fingerprint_checkpoint(tmp_path)
@@ -314,8 +314,8 @@ def test_settings_of_a_lora_belong_to_the_checkpoints_fingerprint(unet, tmp_path
 
 
 @pytest.mark.parametrize("name", [LORA, EMBEDDINGS])
-def test_a_checkpoint_that_cannot_be_read_is_not_called_missing(tiny_model, tiny_lora, tmp_path, name):
-    """A folder stands for a file without permission, which root may read all the same."""
+def test_an_unreadable_checkpoint_is_not_called_missing(tiny_model, tiny_lora, tmp_path, name):
+    """A folder replaces a file without read permission, because root may read such a file."""
     write_checkpoint(tmp_path, in_old_keys(tiny_lora))
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
@@ -339,13 +339,13 @@ def test_loading_is_silent_and_leaves_the_libraries_as_they_were(tiny_model, tin
     finally:
         for library in libraries:
             library.set_verbosity_warning()
-    told = capfd.readouterr()
-    assert (told.out, told.err, seen) == ("", "", [])
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err, seen) == ("", "", [])
 
 
 @pytest.mark.slow
 def test_python_prints_nothing_from_the_import_to_the_picture(tmp_path):
-    """Neither the libraries' warnings nor their bars."""
+    """The output holds no warnings and no progress bars of the libraries."""
     code = """
 from noisecutmix import NoiseCutMixGenerator, load_pipeline
 NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=1)([3])
@@ -360,8 +360,8 @@ NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=1)([3
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_names_have_spaces_for_slashes_and_underscores(tiny_model, tiny_lora, tmp_path):
-    """As the method's first implementation has them, in both directions."""
+def test_slashes_and_underscores_in_names_become_spaces(tiny_model, tiny_lora, tmp_path):
+    """As in the method's first implementation, in both mappings."""
     write_checkpoint(tmp_path, in_old_keys(tiny_lora), class_names=["Sooty/Albatross", "Blue_Jay", "owl "])
     pipe = load_pipeline(str(tiny_model), tmp_path, device="cpu")
     assert pipe.name2placeholder == {"Sooty Albatross": "<class_0>", "Blue Jay": "<class_1>", "owl": "<class_2>"}
@@ -387,7 +387,7 @@ def test_scheduler_ends_at_sigma_min(tiny_pipeline):
 
 
 def test_half_precision_files_are_used_where_they_are(tiny_model, tiny_checkpoint, tmp_path):
-    """A folder with fp16 files alone loads in either dtype; beside float32 files, float16 takes the fp16 ones."""
+    """A folder with only fp16 files loads in either dtype; if both exist, float16 loads the fp16 files."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
     half = tmp_path / "half"
     pipe.to(torch.float16).save_pretrained(half, variant="fp16")
@@ -495,9 +495,9 @@ def test_refused_with_one_line_that_names_the_file(tiny_model, tiny_lora, tmp_pa
         load_pipeline(str(tiny_model), tmp_path, device="cpu")
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    told = capsys.readouterr()
-    assert "this ran" not in told.out
-    assert told.err == ""
+    captured = capsys.readouterr()
+    assert "this ran" not in captured.out
+    assert captured.err == ""
 
 
 def test_loading_leaves_the_global_random_state_alone(tiny_model, tiny_checkpoint):
@@ -506,26 +506,26 @@ def test_loading_leaves_the_global_random_state_alone(tiny_model, tiny_checkpoin
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_device_that_is_not_there_is_named(tiny_model, tiny_checkpoint):
+def test_a_missing_device_is_named(tiny_model, tiny_checkpoint):
     with pytest.raises(InputError, match="`device`: cuda:99 cannot be used"):
         load_pipeline(str(tiny_model), tiny_checkpoint, device="cuda:99")
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:x", "meta", 3, None, True])
-def test_a_device_that_is_none_is_refused_in_one_line(tiny_model, tiny_checkpoint, device):
+def test_an_invalid_device_is_refused_in_one_line(tiny_model, tiny_checkpoint, device):
     with pytest.raises(InputError, match=f"`device`: {device} cannot be used") as caught:
         load_pipeline(str(tiny_model), tiny_checkpoint, device=device)
     assert "\n" not in str(caught.value)
 
 
-def test_a_dtype_may_be_named(tiny_model, tiny_checkpoint):
+def test_a_dtype_may_be_a_string(tiny_model, tiny_checkpoint):
     assert load_pipeline(str(tiny_model), tiny_checkpoint, "cpu", "bfloat16").unet.dtype == torch.bfloat16
     for wrong in ("float8", torch.int8, torch.float64, 16):
         with pytest.raises(InputError, match="`dtype`: has to be float16, bfloat16, float32 or None"):
             load_pipeline(str(tiny_model), tiny_checkpoint, "cpu", wrong)
 
 
-def test_a_machine_without_memory_is_not_a_damaged_model(tiny_model, tiny_checkpoint, monkeypatch):
+def test_a_lack_of_memory_is_not_called_a_damaged_model(tiny_model, tiny_checkpoint, monkeypatch):
     def never(*arguments, **named):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: not enough memory: you tried")
 
@@ -535,7 +535,7 @@ def test_a_machine_without_memory_is_not_a_damaged_model(tiny_model, tiny_checkp
         load_pipeline(str(tiny_model), tiny_checkpoint, device="cpu")
 
 
-def test_a_model_that_is_none_is_refused(tiny_checkpoint, tmp_path):
+def test_an_invalid_model_is_refused(tiny_checkpoint, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(InputError, match="`model`"):
         load_pipeline(str(tmp_path), tiny_checkpoint, device="cpu")

@@ -1,4 +1,4 @@
-"""The class lists: counts, order, and names as checkpoints key them."""
+"""The class lists: counts, order, and the names that are the keys of checkpoints."""
 
 import hashlib
 import json
@@ -49,8 +49,8 @@ def test_labels_of_some_classes(data_name, label, name):
     ("data_name", "digest"),
     [("cub", "a7bc058a7a945cf8"), ("flower", "0d27092c2140383d"), ("aircraft", "a0360851f1eb7fe9")],
 )
-def test_label_order_is_the_published_checkpoints(data_name, digest):
-    """The SHA-256 of the names by line: a label that moved would be wrong in every data set, and seen in none."""
+def test_label_order_is_that_of_the_published_checkpoints(data_name, digest):
+    """The SHA-256 of the names, one per line. A wrong order would mislabel every data set without an error."""
     names = "\n".join(load_classes(data_name).names)
     assert hashlib.sha256(names.encode()).hexdigest().startswith(digest)
 
@@ -122,8 +122,8 @@ def write_finetuned(folder, **settings):
     return folder
 
 
-def test_a_folder_that_finetune_wrote_determines_all(tmp_path):
-    folder = write_finetuned(tmp_path / "mine.json")  # a folder, whatever its name
+def test_a_folder_of_finetune_sets_classes_model_and_resolution(tmp_path):
+    folder = write_finetuned(tmp_path / "mine.json")  # a folder, although its name ends in .json
     classes = load_classes(str(folder))
     assert (classes.names, classes.meta_class) == (("cat", "dög"), "pet")
     assert (classes.model, classes.resolution, classes.ckpt_path) == ("some/model@main", 64, folder)

@@ -1,7 +1,7 @@
-"""The CUDA path: on every machine in fake tensors at Stable Diffusion 1.5's shapes; with `-m cuda`, on a real GPU.
+"""The CUDA path in fake tensors of Stable Diffusion 1.5's shapes, on every machine. test_gpu.py needs a real GPU.
 
-The fake card (tests/fake_card.py) raises an error for an operand on another device or of another type than asked for,
-and for anything that the host reads from the card within the denoising loop. So each test that draws holds these too.
+The fake card (tests/fake_card.py) raises an error for an operand of another device or dtype than requested, and for
+every read by the host within the denoising loop. So each test that draws also checks these conditions.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from noisecutmix.training import Trainer, create_accelerator
 
 BATCH = 3
 STEPS = 2
-DRAWN = 10  # more than the decoder takes at once
+DRAWN = 10  # more than the decoder decodes at once
 WITHIN_ONE_PERCENT = {"rel": 0.01}
 PIXELS = 512 * 512 * 3
 
@@ -39,7 +39,7 @@ def card():
 
 @pytest.fixture(scope="module")
 def pipe(card, tmp_path_factory):
-    """A pipeline of float16 on the card."""
+    """A float16 pipeline on the card."""
     with card:
         return build_pipeline(card, SHAPES["sd15"], tmp_path_factory.mktemp("sd15"), torch.float16)
 
@@ -52,7 +52,7 @@ def generator(pipe, tmp_path):
 
 @pytest.fixture
 def on_card(card, pipe):
-    """Count from zero on the card, which is active during the test."""
+    """The card, which is active during the test, with its counters at zero."""
     card.start()
     with card:
         yield card
@@ -60,7 +60,7 @@ def on_card(card, pipe):
 
 @pytest.fixture(scope="module")
 def cost(card, pipe):
-    """FLOPs of one UNet evaluation, of one decoding and of encoding one prompt, each called by itself."""
+    """FLOPs of one UNet evaluation, one decoding and the encoding of one prompt, each measured separately."""
     on = {"dtype": torch.float16, "device": card.device}
     calls = {
         "evaluation": lambda: pipe.unet(torch.empty(1, 4, 64, 64, **on), 0, torch.empty(1, 77, 768, **on)),
@@ -78,7 +78,7 @@ def cost(card, pipe):
 
 @pytest.fixture(scope="module")
 def drawn(card, pipe, tmp_path_factory):
-    """What the card recorded while a generator drew ten pictures, and the pictures."""
+    """Ten pictures, and what the card recorded while a generator drew them."""
     folder = tmp_path_factory.mktemp("drawn")
     with card:
         generator = build_generator(pipe, SHAPES["sd15"], folder, num_inference_steps=STEPS, batch_size=DRAWN)
@@ -90,12 +90,12 @@ def drawn(card, pipe, tmp_path_factory):
 
 
 def items(generator, count):
-    """The plan's, of one pair of classes."""
+    """Return items of the plan, all of one pair of classes."""
     return [generator.plan.item(index, target=0, aug=1) for index in range(count)]
 
 
 def draw(pipe, card, **changes):
-    """Draw latents of a batch with encoded prompts."""
+    """Return the final latents of a batch with encoded prompts."""
     embeds = torch.zeros(BATCH, 77, 768, dtype=card.dtype, device=card.device)
     arguments = {
         "prompt_1_embeds": embeds,
@@ -111,7 +111,7 @@ def draw(pipe, card, **changes):
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch was built without CUDA")
 def test_the_fake_card_is_a_cuda_device():
-    """Elsewhere, and with PyTorch 2.6, the tests run on a "meta" device, whose operators are the same."""
+    """Without CUDA and with PyTorch 2.6, the tests run on a "meta" device, which has the same operators."""
     assert can_fake_cuda() or torch.__version__.startswith("2.6")
 
 
@@ -139,7 +139,7 @@ def test_25_steps_of_a_batch_of_8_cost_62_teraflop_a_picture(pipe, on_card, cost
         ({"guidance_interval": (0.25, 0.75)}, 2 + 3 + 3 + 2),
     ],
 )
-def test_the_empty_prompt_costs_only_where_it_guides(pipe, on_card, cost, options, evaluations):
+def test_the_empty_prompt_costs_only_within_the_guidance_interval(pipe, on_card, cost, options, evaluations):
     draw(pipe, on_card, num_inference_steps=4, **options)
     expected = BATCH * evaluations * cost["evaluation"]
     assert sum(on_card.flops.values()) == pytest.approx(expected, **WITHIN_ONE_PERCENT)
@@ -147,7 +147,7 @@ def test_the_empty_prompt_costs_only_where_it_guides(pipe, on_card, cost, option
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_operand_is_of_the_type_asked_for(tmp_path, card, dtype):
-    """float16 is what the other tests draw in."""
+    """The other tests draw in float16."""
     with FakeCard(card.device) as other:
         pipe = build_pipeline(other, SHAPES["sd15"], tmp_path, dtype)
         generator = build_generator(pipe, SHAPES["sd15"], tmp_path, num_inference_steps=STEPS)
@@ -169,7 +169,7 @@ def test_noise_and_mask_are_made_on_the_cpu_and_moved_once_before_the_loop(drawn
 
 
 def test_the_host_reads_8_bit_pictures_once_and_little_else(drawn):
-    """Besides the pixels, one flag a picture: whether it is finite."""
+    """Besides the pixels, the host reads one flag per picture: whether it is finite."""
     assert [image.size for image in drawn.images] == [(512, 512)] * DRAWN
     pixels = [shape for _, dtype, shape in drawn.reads if dtype == torch.uint8]
     assert [np.prod(shape) for shape in pixels] == [DRAWN * PIXELS]
@@ -177,7 +177,7 @@ def test_the_host_reads_8_bit_pictures_once_and_little_else(drawn):
     assert sum(flags) <= DRAWN
 
 
-def test_decoding_in_parts_takes_no_more_memory_for_more_pictures(generator, on_card):
+def test_decoding_in_slices_takes_no_more_memory_for_more_pictures(generator, on_card):
     decoding = []
     for count in (8, 16):
         on_card.start()
@@ -195,7 +195,7 @@ def test_a_card_too_small_for_the_decoder_decodes_one_by_one(generator, on_card,
     assert generator.batch_size == 16
 
 
-def test_a_card_too_small_for_the_batch_draws_half_of_it(generator, on_card, monkeypatch, capsys):
+def test_a_card_too_small_for_the_batch_draws_half_batches(generator, on_card, monkeypatch, capsys):
     generator.batch_size = 8
     generator.draw(items(generator, 4))
     monkeypatch.setattr(on_card, "capacity", on_card.live + 1.5 * on_card.activations("loop"))
@@ -204,7 +204,7 @@ def test_a_card_too_small_for_the_batch_draws_half_of_it(generator, on_card, mon
     assert "out of memory at batch size 8, going on with 4" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------- the card finds what is wrong
+# ------------------------------------------------------------------------------------- the card finds errors
 
 
 def test_a_read_within_the_loop_is_found(pipe, on_card):
@@ -244,10 +244,10 @@ def test_a_branch_that_is_run_twice_is_found(pipe, on_card, cost):
     assert on_card.flops["loop"] == pytest.approx(BATCH * 4 * STEPS * cost["evaluation"], **WITHIN_ONE_PERCENT)
 
 
-# -------------------------------------------------------------------------------------------- what the card adds up
+# -------------------------------------------------------------------------------------------- the card's counters
 
 
-def test_live_memory_is_counted_from_birth_to_death():
+def test_live_memory_is_counted_from_allocation_to_release():
     with FakeCard("meta", capacity=10_000) as card:
         first = torch.zeros(1000, device="meta")
         view = first[:500].view(5, 100)
@@ -340,7 +340,7 @@ def test_the_dry_run_prints_a_row_for_each_batch():
 
 
 @pytest.mark.slow
-def test_the_readmes_batch_sizes_are_the_dry_runs(run_script):
+def test_the_batch_sizes_in_the_readme_are_those_of_the_dry_run(run_script):
     done = run_script("tests/benchmark.py", "--arch=sd15", "--device=cuda", "--dry_run", "--steps=2")
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("--batch_size "))

@@ -1,4 +1,4 @@
-"""The bundled, trained digits: the method means what it says."""
+"""The method with the bundled model of digits: pictures, labels and masks agree."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def train():
 
 @pytest.fixture(scope="module")
 def classifier(train):
-    """A support-vector classifier of real digits, shown as the model draws them."""
+    """A support-vector classifier, trained on real digits at the size that the model draws."""
     images, labels, test_images, test_labels = train.load_split()
     classifier = SVC(gamma="scale").fit(train.enlarge(images).reshape(len(images), -1) / 255, labels)
     assert classifier.score(train.enlarge(test_images).reshape(len(test_images), -1) / 255, test_labels) > 0.97
@@ -34,7 +34,7 @@ def generator():
 
 
 def items_in(box, ratio):
-    """Items with every target class, the aug class three further on, and noise of their own."""
+    """Return items of all target classes; the aug class is the target plus three, and each item has its own noise."""
     return [Item(i, i % 10, (i + 3) % 10, box, ratio, 1000 + i, 32) for i in range(COUNT)]
 
 
@@ -49,14 +49,14 @@ def drawn(generator):
 
 
 @pytest.mark.parametrize("name", ["target", "aug"])
-def test_a_uniform_mask_gives_its_class(drawn, classifier, name):
+def test_a_uniform_mask_gives_pictures_of_one_class(drawn, classifier, name):
     expected = [getattr(item, name) for item in items_in(ALL, 1.0)]
     named = classifier.predict(drawn[name].reshape(COUNT, -1) / 255)
     assert np.mean(named == expected) >= 0.95
 
 
-def test_the_seam_is_softer_than_a_pasted_one(drawn, train):
-    """The figures of the demo's README: the jump across the seam over an ordinary pixel step."""
+def test_the_border_is_softer_than_a_pasted_one(drawn, train):
+    """The figures in the demo's README: the mean step across the border, divided by the mean step elsewhere."""
     measure_seams = load_module(ROOT / "tests" / "accuracy.py").measure_seams
     pasted = drawn["aug"].copy()
     pasted[:, :, :16] = drawn["target"][:, :, :16]
@@ -71,14 +71,14 @@ def test_the_seam_is_softer_than_a_pasted_one(drawn, train):
 
 
 def test_halves_carry_features_of_both_classes(drawn):
-    """Each half is nearer to the picture of its own class than to the other's."""
+    """Each half is closer to the picture of its own class than to that of the other class."""
     half, target, aug = (drawn[name].astype(float) for name in ("half", "target", "aug"))
     left, right = (slice(None), slice(None), slice(0, 16)), (slice(None), slice(None), slice(16, 32))
     assert np.abs(half - target)[left].mean() < np.abs(half - aug)[left].mean()
     assert np.abs(half - aug)[right].mean() < np.abs(half - target)[right].mean()
 
 
-def test_call_returns_what_it_promises(generator):
+def test_call_returns_pictures_labels_and_masks(generator):
     images, labels, masks = generator([3, 5], return_mask=True, aug_labels=[4, 0])
     assert [image.size for image in images] == [(32, 32)] * 2
     for label, mask, target, aug in zip(labels, masks, (3, 5), (4, 0)):
@@ -90,14 +90,14 @@ def test_call_returns_what_it_promises(generator):
     assert (generator.num_classes, generator.meta_class) == (10, "digit")
 
 
-def test_calls_go_on_in_the_plan_and_repeat_from_the_start():
+def test_calls_continue_the_plan_and_a_new_generator_repeats_it():
     def fresh():
         return NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=2)
 
     generator, again = fresh(), fresh()
     first, second = generator([1, 2])[0], generator([1, 2])[0]
     assert not np.array_equal(as_gray(first), as_gray(second))
-    # one batch of four has other rounding than two of two: one grey level
+    # a batch of four is rounded differently from two batches of two, by one grey level
     assert np.abs(as_gray(again([1, 2, 1, 2])[0]).astype(int) - as_gray([*first, *second])).max() <= 1
 
 
@@ -108,12 +108,12 @@ def test_labels_out_of_range_are_named(generator):
         generator([1], aug_labels=[1])
 
 
-def test_a_prompt_that_cuts_the_class_off_is_refused():
+def test_a_prompt_that_truncates_the_class_is_refused():
     with pytest.raises(InputError, match=r"`prompt`: \{name\} .*lies beyond the 24 tokens"):
         NoiseCutMixGenerator(device="cpu", data_name="digits", prompt="a very long way to go before the {name}")
 
 
-def test_resolution_sizes_mask_and_picture(generator):
+def test_resolution_sets_the_size_of_mask_and_picture(generator):
     images, _, masks = generator([1], resolution=48, return_mask=True)
     assert images[0].size == masks[0].size == (48, 48)
     assert isinstance(images[0], Image.Image)

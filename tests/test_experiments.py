@@ -1,4 +1,4 @@
-"""The scripts beside the package run: training, accuracy, benchmark; the overview picture is what its script draws."""
+"""The scripts for training, accuracy and benchmark run; the overview picture equals the output of its script."""
 
 import json
 import subprocess
@@ -25,12 +25,12 @@ def run(script, *arguments, folder):
     return done.stdout
 
 
-def test_overview_is_what_its_script_draws(tmp_path):
+def test_overview_equals_the_output_of_its_script(tmp_path):
     run("img/make_overview.py", f"--output={tmp_path / 'overview.png'}", folder=tmp_path)
     drawn, committed = (
         np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "overview.png", ROOT / "img" / "overview.png")
     )
-    # the same bytes on one machine; another processor or version may round a picture's grey level otherwise
+    # the bytes are the same on one machine; another processor or version may round grey levels differently
     assert np.abs(drawn - committed).mean() < 0.01
 
 

@@ -1,4 +1,4 @@
-"""ckpts/finetune.py: a folder of pictures in, a Diff-Mix checkpoint out, the same whether or not it was cut off."""
+"""ckpts/finetune.py trains a Diff-Mix checkpoint on a folder of pictures; interruptions do not change the result."""
 
 import json
 import random
@@ -35,7 +35,7 @@ SCRIPT = "ckpts/finetune.py"
 LORA, EMBEDDINGS = "pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"
 SORTED_NAMES = sorted(CLASS_NAMES)
 STEPS = 12
-ROUNDING_UNDER_ADAM = 5e-4  # it divides by the gradient's size: rounding of a gradient near zero moves a weight visibly
+ROUNDING_UNDER_ADAM = 5e-4  # Adam divides by the gradient's size, so rounding of a gradient near zero changes a weight
 SETTINGS = {
     "meta_class": "bird",
     "resolution": 16,
@@ -72,7 +72,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def flags(photos, tiny_model):
-    """The flags that fine-tune the tiny model in no time."""
+    """The flags with which the script quickly fine-tunes the tiny model."""
     return [
         f"--data_dir={photos}",
         f"--model={tiny_model}",
@@ -90,7 +90,7 @@ def flags(photos, tiny_model):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps one state a process; a script has a process of its own."""
+    """Reset accelerate's state, of which a process has only one; outside the tests a script has its own process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -115,7 +115,7 @@ def difference(folder, other):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, flags):
-    """Twelve steps in one go."""
+    """A checkpoint of twelve steps, trained without an interruption."""
     folder = tmp_path_factory.mktemp("trained")
     finetune(folder, *flags)
     return folder / "out"
@@ -134,7 +134,7 @@ def create_trainer(tiny_model, photos, **changes):
 
 
 def test_labels_are_those_of_image_folder(tmp_path):
-    """Sorted names decide the label; pictures lie at any depth; what is no picture is said."""
+    """Labels follow the sorted names; pictures may lie at any depth; a note counts the other files."""
     write_photos(tmp_path, ["c", "B", "a 10", "a 2"], count=1)
     (tmp_path / "c" / "deep" / "deeper").mkdir(parents=True)
     shutil.copy(tmp_path / "c" / "0.png", tmp_path / "c" / "deep" / "deeper" / "z.PNG")
@@ -176,7 +176,7 @@ def two_halves(mode="L", left=200, right=50):
 
 
 def with_alpha():
-    """Red on the left, wholly transparent on the right."""
+    """Return a picture that is red on the left and fully transparent on the right."""
     image = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
     image.paste((0, 0, 0, 0), (4, 0, 8, 4))
     return image
@@ -184,7 +184,7 @@ def with_alpha():
 
 GREY, RED_ON_WHITE = ((200,) * 3, (50,) * 3), ((255, 0, 0), (255,) * 3)
 SIXTEEN_BITS = np.asarray(two_halves()).astype(np.uint16) * 257
-# file name: (picture, how it is saved, its left and right colour as RGB)
+# file name: (picture, options of saving, expected left and right colour as RGB)
 FORMATS = {
     "grey.png": (two_halves(), {}, GREY),
     "grey.jpg": (two_halves().resize((64, 32)), {"quality": 100}, GREY),
@@ -223,7 +223,7 @@ def test_every_format_and_mode_is_made_rgb(tmp_path, name):
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_stand_upright(tmp_path, suffix, orientation):
-    """Four colours, one a corner, tell all eight orientations of EXIF apart."""
+    """Four grey levels, one per corner, distinguish all eight EXIF orientations."""
     upright = Image.new("L", (32, 16))
     for place, grey in (((0, 0), 20), ((16, 0), 90), ((0, 8), 160), ((16, 8), 230)):
         upright.paste(grey, (*place, place[0] + 16, place[1] + 8))
@@ -237,7 +237,7 @@ def test_pictures_stand_upright(tmp_path, suffix, orientation):
 
 
 def undo(image, orientation):
-    """Return the picture as a camera stores it, so that the orientation turns it upright."""
+    """Return the picture as a camera stores it; the orientation then turns it upright."""
     turns = Image.Transpose
     steps = {
         2: turns.FLIP_LEFT_RIGHT,
@@ -252,20 +252,20 @@ def undo(image, orientation):
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_values_without_a_known_white_are_refused(tmp_path, mode):
+def test_values_without_a_defined_white_are_refused(tmp_path, mode):
     two_halves(mode).save(tmp_path / "deep.tif")
     with pytest.raises(InputError, match=r"deep\.tif cannot be read: .* save it with 8 or 16 bits"):
         open_photo(tmp_path / "deep.tif")
 
 
-def test_the_shorter_side_is_scaled_and_the_longer_one_cut():
+def test_the_shorter_side_is_scaled_and_the_longer_one_cropped():
     image = Image.new("RGB", (60, 20), "blue")
     image.paste("red", (20, 0, 40, 20))
     for turned in (image, image.rotate(90, expand=True)):
         for position, colour in ((0.0, (0, 0, 255)), (0.5, (255, 0, 0)), (1.0, (0, 0, 255))):
             cut = crop_square(turned, 10, position)
             assert cut.size == (10, 10)
-            assert cut.getpixel((5, 5)) == colour  # near the border it is scaled with what lies beyond
+            assert cut.getpixel((5, 5)) == colour  # away from the border, where scaling mixes the colours
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -304,17 +304,17 @@ BAD_PICTURES = {
     ),
     "two damaged pictures": (
         lambda folder: [truncate(folder / CLASS_NAMES[2] / f"{number}.png") for number in (0, 1)],
-        r"grey heron.0\.png cannot be read.*\(so are 1 more\)",
+        r"grey heron.0\.png cannot be read.*\(and 1 more\)",
     ),
     "class without pictures": (empty_a_class, "blue jay holds no picture"),
-    "one class": (keep_one_class, "birds holds 1 class folders, at least two are needed"),
+    "one class": (keep_one_class, "birds holds 1 class folders, but at least two are needed"),
     "no classes": (lambda folder: [shutil.rmtree(folder / name) for name in CLASS_NAMES], "holds 0 class folders"),
     "two names alike": (
         lambda folder: shutil.copytree(folder / CLASS_NAMES[0], folder / "red_kite"),
         "red kite and .*red_kite count as the same class name",
     ),
-    "hidden folder": (lambda folder: (folder / ".cache").mkdir(), r"\.cache' is no name of a class"),
-    "blank name": (lambda folder: rename(folder, CLASS_NAMES[0], "__"), "__' is no name of a class"),
+    "hidden folder": (lambda folder: (folder / ".cache").mkdir(), r"\.cache' is not a valid class name"),
+    "blank name": (lambda folder: rename(folder, CLASS_NAMES[0], "__"), "__' is not a valid class name"),
     "no folder": (shutil.rmtree, "birds is not there"),
 }
 
@@ -324,7 +324,7 @@ def test_bad_pictures_are_refused_in_one_line(tmp_path, photos, tiny_model, case
     damage, message = BAD_PICTURES[case]
     damage(shutil.copytree(photos, tmp_path / "birds"))
     done = start_without_torch(tmp_path, "--data_dir=birds", f"--model={tiny_model}")
-    refused(done, "--data_dir: .*" + message)
+    assert_refused(done, "--data_dir: .*" + message)
 
 
 BAD_FLAGS = {
@@ -356,11 +356,11 @@ def test_bad_flags_are_refused_in_one_line(tmp_path, photos, tiny_model, case):
     shutil.copytree(photos, tmp_path / "birds")
     (tmp_path / "a_file").write_text("here")
     known = [] if case == "no data_dir" else ["--data_dir=birds", f"--model={tiny_model}"]
-    refused(start_without_torch(tmp_path, *known, *arguments), message)
+    assert_refused(start_without_torch(tmp_path, *known, *arguments), message)
 
 
 def start_without_torch(folder, *arguments):
-    """Run the script in a folder; where it refuses, nothing there may change."""
+    """Run the script in a folder; if it fails, check that nothing there has changed."""
     before = files_below(folder)
     known = ["--meta_class=bird", "--output_dir=out", "--device=cpu", "--resolution=16"]
     done = run_without_torch(folder, SCRIPT, *known, *arguments)
@@ -369,7 +369,7 @@ def start_without_torch(folder, *arguments):
     return done
 
 
-def refused(done, message):
+def assert_refused(done, message):
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if not re.match(r"\d+ classes|\d+ files", line)]
     assert re.match("finetune.py: error: ", line) and re.search(message, line), line
@@ -385,7 +385,7 @@ def test_a_foreign_checkpoint_is_not_overwritten(tmp_path, flags, tiny_checkpoin
     assert [file for file in files_below(tmp_path) if file[0].is_file()] == before
 
 
-def test_a_model_that_does_not_fit_leaves_nothing(tmp_path, flags, tiny_model):
+def test_an_invalid_model_leaves_no_files(tmp_path, flags, tiny_model):
     broken = shutil.copytree(tiny_model, tmp_path / "base")
     (broken / "unet" / "config.json").write_text("{}")
     with pytest.raises(InputError, match="model"):
@@ -412,7 +412,7 @@ def test_a_picture_damaged_after_the_check_is_named(tmp_path, flags, photos, mon
     assert not (tmp_path / "out" / LORA).exists()
 
 
-# ---------------------------------------------------------------------------------------------- what is trained
+# ---------------------------------------------------------------------------------------------- training
 
 
 def test_only_the_lora_and_the_new_rows_are_trained(tiny_model, photos):
@@ -436,7 +436,7 @@ def test_only_the_lora_and_the_new_rows_are_trained(tiny_model, photos):
     )
 
 
-def test_a_row_starts_as_the_mean_of_its_names_tokens(tiny_model, photos):
+def test_a_row_is_initialised_as_the_mean_of_the_tokens_of_its_name(tiny_model, photos):
     trainer = create_trainer(tiny_model, photos)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
     table = pipe.text_encoder.get_input_embeddings().weight
@@ -446,8 +446,8 @@ def test_a_row_starts_as_the_mean_of_its_names_tokens(tiny_model, photos):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_step_is_that_of_a_plain_loop(tiny_model, photos, tmp_path, prediction_type):
-    """Diff-Mix's order: the VAE in the step, the whole table trained, its old rows put back. The losses agree."""
+def test_a_step_equals_that_of_a_plain_loop(tiny_model, photos, tmp_path, prediction_type):
+    """As in Diff-Mix, the loop encodes in each step, trains the whole table and restores its old rows."""
     model = shutil.copytree(tiny_model, tmp_path / "base")
     config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     (model / "scheduler" / "scheduler_config.json").write_text(
@@ -517,7 +517,7 @@ def test_every_pass_shows_every_picture_once():
     assert len({showing.noise.item() for showing in everything}) == 200
 
 
-def test_mirror_images_are_encoded_as_such(tiny_model, photos, tmp_path):
+def test_mirror_images_are_encoded(tiny_model, photos, tmp_path):
     trainer = create_trainer(tiny_model, photos)
     trainer.posteriors.encode(tmp_path / "pictures.bin")
     vae = StableDiffusionPipeline.from_pretrained(tiny_model).vae
@@ -544,11 +544,11 @@ def test_options_change_what_is_trained(tmp_path, flags, trained, more):
     assert all(tensor.dtype == torch.float32 for tensor in weights_of(tmp_path / "out").values())
 
 
-# ---------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------------------- the checkpoint
 
 
 def read_plainly(folder):
-    """Return {layer: up @ down} of a LoRA in Diff-Mix's keys, as the method's first implementation reads them."""
+    """Return {layer: up @ down} of a LoRA with Diff-Mix's keys, as the method's first implementation reads it."""
     tensors = load_file(folder / LORA)
     layers = {}
     for key, down in tensors.items():
@@ -560,8 +560,8 @@ def read_plainly(folder):
     return layers
 
 
-def test_the_checkpoint_is_whole_and_means_what_was_trained(trained, tiny_model, photos):
-    """Read plainly, by load_pipeline, and as the last state has it: the same."""
+def test_the_checkpoint_holds_the_trained_weights(trained, tiny_model, photos):
+    """The weights are the same in the files, in the pipeline of load_pipeline and in the last state."""
     state = torch.load(trained / f"state_{STEPS:08d}.pt", weights_only=True)
     layers = read_plainly(trained)
     assert layers.keys() == state["lora"].keys()
@@ -579,10 +579,10 @@ def test_the_checkpoint_is_whole_and_means_what_was_trained(trained, tiny_model,
     assert content["name2placeholder"] == dict(zip(SORTED_NAMES, tokens))
     assert content["placeholder2name"] == dict(zip(tokens, SORTED_NAMES))
     assert torch.equal(torch.stack([content["learned_embeds_dict"][token] for token in tokens]), state["rows"])
-    assert (trained / EMBEDDINGS).stat().st_size < 20_000  # each row alone, not its whole table
+    assert (trained / EMBEDDINGS).stat().st_size < 20_000  # the file holds only the rows, not the whole table
 
 
-def test_the_folder_tells_how_it_was_made(trained, tiny_model):
+def test_the_folder_records_the_training(trained, tiny_model):
     assert {file.name for file in trained.iterdir() if not file.name.startswith(".")} == {
         LORA,
         EMBEDDINGS,
@@ -616,7 +616,7 @@ def contains(picture, part):
 
 
 @pytest.mark.parametrize(("script", "count"), [("generation.py", "--num_gen=2"), ("augmentation.py", "--num_aug=2")])
-def test_the_scripts_draw_with_it(trained, tmp_path, script, count):
+def test_the_scripts_draw_with_the_checkpoint(trained, tmp_path, script, count):
     arguments = [
         f"--data_name={trained}",
         "--num_inference_steps=2",
@@ -628,11 +628,11 @@ def test_the_scripts_draw_with_it(trained, tmp_path, script, count):
     assert len(list((tmp_path / "outputs").rglob("gen_*.png"))) == 2
 
 
-# ---------------------------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------------------------------- resuming
 
 
 def stop_at(monkeypatch, *stops, error=KeyboardInterrupt):
-    """Let the trainer stop before these steps, once each."""
+    """Make the trainer raise an error before each of these steps, once."""
     step, left = Trainer.step, list(stops)
 
     def stopping_step(self, number):
@@ -644,7 +644,7 @@ def stop_at(monkeypatch, *stops, error=KeyboardInterrupt):
     monkeypatch.setattr(Trainer, "step", stopping_step)
 
 
-def test_a_run_that_is_cut_off_ends_as_an_uninterrupted_one(tmp_path, flags, trained, monkeypatch, capsys):
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, flags, trained, monkeypatch, capsys):
     stop_at(monkeypatch, 2, 7, 9)
     for kept in (0, 4, 8):
         with pytest.raises(
@@ -653,7 +653,7 @@ def test_a_run_that_is_cut_off_ends_as_an_uninterrupted_one(tmp_path, flags, tra
             finetune(tmp_path, *flags)
         assert not (tmp_path / "out" / LORA).exists()
     finetune(tmp_path, *flags)
-    assert "going on after step 8" in capsys.readouterr().err
+    assert "continuing after step 8" in capsys.readouterr().err
     assert difference(tmp_path / "out", trained) < 1e-6
     ours, theirs = (json.loads((folder / "finetune.json").read_text()) for folder in (tmp_path / "out", trained))
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
@@ -661,8 +661,8 @@ def test_a_run_that_is_cut_off_ends_as_an_uninterrupted_one(tmp_path, flags, tra
     assert np.array_equal(*(np.asarray(Image.open(folder / "preview.png")) for folder in (tmp_path / "out", trained)))
 
 
-def test_a_finished_folder_trains_nothing(tmp_path, flags, trained):
-    """Without torch, even."""
+def test_a_finished_folder_is_not_trained_again(tmp_path, flags, trained):
+    """Torch is not even imported."""
     out = copy_of(trained, tmp_path)
     before = files_below(out)
     done = run_without_torch(tmp_path, SCRIPT, *flags, "--output_dir=out")
@@ -673,14 +673,14 @@ def test_a_finished_folder_trains_nothing(tmp_path, flags, trained):
     }
 
 
-def test_more_steps_go_on(tmp_path, flags, trained):
+def test_more_steps_continue_the_training(tmp_path, flags, trained):
     finetune(tmp_path, *flags, "--max_train_steps=6")
     finetune(tmp_path, *flags)
     assert difference(tmp_path / "out", trained) < 1e-6
     assert json.loads((tmp_path / "out" / "finetune.json").read_text())["steps"] == STEPS
 
 
-def test_a_falling_rate_is_not_taken_to_more_steps(tmp_path, flags):
+def test_more_steps_are_refused_with_a_decaying_learning_rate(tmp_path, flags):
     finetune(tmp_path, *flags, "--lr_scheduler=cosine", "--max_train_steps=2")
     with pytest.raises(InputError, match=r"another max_train_steps \(2 there, 3 now\)"):
         finetune(tmp_path, *flags, "--lr_scheduler=cosine", "--max_train_steps=3")
@@ -702,7 +702,7 @@ OTHER_OPTIONS = {
 
 
 @pytest.mark.parametrize("option", OTHER_OPTIONS)
-def test_other_options_are_refused_by_name(tmp_path, flags, trained, option):
+def test_other_options_are_refused_and_named(tmp_path, flags, trained, option):
     out = copy_of(trained, tmp_path)
     before = files_below(out)
     with pytest.raises(InputError, match=rf"out was made with another .*{option}"):
@@ -732,7 +732,7 @@ def test_other_pictures_and_another_model_are_refused(tmp_path, flags, trained, 
             finetune(tmp_path, *flags, flag)
 
 
-def test_overwrite_starts_anew_and_leaves_what_is_not_ours(tmp_path, flags, trained):
+def test_overwrite_starts_again_and_leaves_foreign_files(tmp_path, flags, trained):
     out = copy_of(trained, tmp_path)
     (out / "notes.txt").write_text("mine")
     finetune(tmp_path, *flags, "--rank=4", "--max_train_steps=3", "--overwrite")
@@ -742,18 +742,18 @@ def test_overwrite_starts_anew_and_leaves_what_is_not_ours(tmp_path, flags, trai
     assert json.loads((out / "finetune.json").read_text())["steps"] == 3
 
 
-def test_a_damaged_state_falls_back_on_the_one_before(tmp_path, flags, trained, monkeypatch, capsys):
+def test_a_damaged_state_is_replaced_by_the_previous_one(tmp_path, flags, trained, monkeypatch, capsys):
     stop_at(monkeypatch, 11)
     with pytest.raises(KeyboardInterrupt):
         finetune(tmp_path, *flags)
     truncate(tmp_path / "out" / "state_00000008.pt")
     finetune(tmp_path, *flags)
-    told = capsys.readouterr().err
-    assert "state_00000008.pt is damaged and not used" in told and "going on after step 4" in told
+    errors = capsys.readouterr().err
+    assert "state_00000008.pt is damaged and not used" in errors and "continuing after step 4" in errors
     assert difference(tmp_path / "out", trained) < 1e-6
 
 
-def test_a_state_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, flags, trained, monkeypatch):
+def test_a_failed_write_of_a_state_leaves_the_earlier_ones(tmp_path, flags, trained, monkeypatch):
     save, states = torch.save, []
 
     def fail_at_the_second(content, file, *more):
@@ -780,26 +780,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, flags):
     assert not (tmp_path / "out" / LORA).exists()
 
 
-def test_running_out_of_memory_says_what_helps(tmp_path, flags, monkeypatch):
+def test_out_of_memory_suggests_flags(tmp_path, flags, monkeypatch):
     stop_at(monkeypatch, 5, error=torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RunError, match=r"out of memory with --train_batch_size=4; .*the state of step 4 of 12 is kept"):
         finetune(tmp_path, *flags)
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path, flags):
+def test_a_folder_in_use_is_refused(tmp_path, flags):
     folder = TrainingFolder(tmp_path / "out")
     with folder.held({}, 1, overwrite=False), pytest.raises(InputError, match="another run is writing into out"):
         finetune(tmp_path, *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_budget_is_that_of_diff_mix_and_is_said(photos, tmp_path, capsys):
+def test_the_budget_is_that_of_diff_mix_and_is_printed(photos, tmp_path, capsys):
     module = load_module(ROOT / SCRIPT)
     arguments = [f"--data_dir={photos}", "--meta_class=bird", f"--output_dir={tmp_path}", f"--model={DIGITS / 'base'}"]
     options = module.parse([*arguments, "--gradient_accumulation_steps=2"])
     assert module.plan_steps(options, find_photos(photos), Launch()) == 1000
-    told = capsys.readouterr().err
-    assert "3 classes, 9 pictures; 1000 steps of 16 pictures (8 in a batch x 2 accumulated x 1 processes)" in told
+    errors = capsys.readouterr().err
+    assert "3 classes, 9 pictures; 1000 steps of 16 pictures (8 in a batch x 2 accumulated x 1 processes)" in errors
     many = find_photos(photos).__class__(photos, ("a", "b"), (photos,) * 5994, (0,) * 5994, ())
     assert module.plan_steps(module.parse(arguments), many, Launch()) == -(-47 * 5994 // 8)
 
@@ -827,7 +827,7 @@ def wait_for_state(folder, step, process):
 
 
 @pytest.mark.slow
-def test_killed_five_times_at_random(tmp_path, flags, start):
+def test_five_random_kills_do_not_change_the_result(tmp_path, flags, start):
     flags = [*flags, "--max_train_steps=60", "--checkpointing_steps=1"]
     (tmp_path / "whole").mkdir()
     finetune(tmp_path / "whole", *flags)
@@ -849,36 +849,36 @@ def test_signals_stop_in_one_line(tmp_path, flags, start, sent, status):
     process = start_finetuning(start, *flags, "--max_train_steps=5000")
     wait_for_state(tmp_path, 4, process)
     process.send_signal(sent)
-    _, told = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert re.search(r"stopped: the state of step \d+ of 5000 is kept; the same command goes on", told)
-    assert "Traceback" not in told
+    assert re.search(r"stopped: the state of step \d+ of 5000 is kept; the same command goes on", errors)
+    assert "Traceback" not in errors
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path, flags, trained, start):
-    """Half the batch each, so each sees what the other does not."""
+def test_two_processes_train_as_one_does(tmp_path, flags, trained, start):
+    """Each process trains on its own half of the batch."""
     process = start_finetuning(start, *flags, "--train_batch_size=2", launcher=TWO_PROCESSES, OMP_NUM_THREADS="1")
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
-    assert "Traceback" not in told
-    assert "12 steps of 4 pictures (2 in a batch x 1 accumulated x 2 processes)" in told
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "12 steps of 4 pictures (2 in a batch x 1 accumulated x 2 processes)" in errors
     assert difference(tmp_path / "out", trained) < ROUNDING_UNDER_ADAM
 
 
 @pytest.mark.slow
-def test_two_processes_refuse_in_one_line(tmp_path, flags, photos, start):
+def test_two_processes_print_one_error(tmp_path, flags, photos, start):
     truncate(shutil.copytree(photos, tmp_path / "birds") / CLASS_NAMES[1] / "0.png")
     process = start_finetuning(start, *flags, "--data_dir=birds", launcher=TWO_PROCESSES, OMP_NUM_THREADS="1")
-    _, told = process.communicate(timeout=300)
-    lines = [line for line in told.splitlines() if "finetune.py: error: " in line]
-    assert len(lines) == 1 and "0.png cannot be read" in lines[0], told
+    _, errors = process.communicate(timeout=300)
+    lines = [line for line in errors.splitlines() if "finetune.py: error: " in line]
+    assert len(lines) == 1 and "0.png cannot be read" in lines[0], errors
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_mirrored_digits_are_learned(tmp_path, run_script):
-    """README's commands: pictures that the base model does not know, and a judge that saw none of them."""
+    """The README's commands, with a classifier that was trained on other mirrored digits than the model."""
     commands = [shlex.split(line)[2:] for line in readme_commands() if "mirrored" in line]
     scripts = ["ckpts/digits/train.py", "ckpts/finetune.py", "generation.py", "augmentation.py"]
     assert [script for script, *_ in commands] == scripts
@@ -896,14 +896,14 @@ def test_mirrored_digits_are_learned(tmp_path, run_script):
     def as_vectors(pictures):
         return train.enlarge(pictures[:, :, ::-1]).reshape(len(pictures), -1) / 255
 
-    judge = SVC(gamma="scale").fit(as_vectors(images[unseen]), digits[unseen])
-    assert judge.score(as_vectors(test_images), test_digits) > 0.95
+    classifier = SVC(gamma="scale").fit(as_vectors(images[unseen]), digits[unseen])
+    assert classifier.score(as_vectors(test_images), test_digits) > 0.95
 
     generator = NoiseCutMixGenerator("cpu", str(tmp_path / "outputs" / "mirrored_checkpoint"))
     items = [Item(i, i % 10, (i + 3) % 10, (0, 0, 32, 32), 1.0, 1000 + i, 32) for i in range(60)]
     drawn = np.stack([np.asarray(image.convert("L")) for image in generator.draw(items)]).reshape(60, -1) / 255
     wanted = [train.CLASS_NAMES.index(generator.class_names[item.target]) for item in items]
-    assert (judge.predict(drawn) == wanted).mean() >= 0.85
+    assert (classifier.predict(drawn) == wanted).mean() >= 0.85
 
 
 def readme_commands():

@@ -1,4 +1,4 @@
-"""What an output folder may hold, whose it is, and what an interruption at any moment leaves."""
+"""The output folder: foreign and damaged files, concurrent runs, and interruptions at any moment."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def black():
 # One run at a time
 
 
-def test_a_run_writes_nothing_into_a_folder_that_a_later_run_took(tmp_path):
+def test_a_run_writes_nothing_after_a_later_run_has_taken_the_folder(tmp_path):
     earlier = begin_folder(tmp_path / "out")
     earlier.write(earlier.plan.item(0), black())
     later = begin_folder(tmp_path / "out", overwrite=True, alpha=0.5)
@@ -49,8 +49,8 @@ def test_a_run_writes_nothing_into_a_folder_that_a_later_run_took(tmp_path):
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-def test_a_file_that_is_half_written_when_the_folder_is_taken_never_appears(tmp_path, monkeypatch):
-    """The earlier run stands still between writing the file and giving it its name."""
+def test_a_file_in_progress_never_appears_after_the_folder_is_taken(tmp_path, monkeypatch):
+    """The folder is taken after the earlier run has written the file and before it renames it."""
     earlier = begin_folder(tmp_path / "out")
     sync = os.fsync
 
@@ -72,8 +72,8 @@ def test_a_failed_start_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_start_leaves_the_folder_to_whoever_took_it_meanwhile(tmp_path, monkeypatch):
-    """As soon as the lock is free another run takes it: its lock file and its folder stay."""
+def test_a_failed_start_leaves_a_folder_that_another_run_has_taken(tmp_path, monkeypatch):
+    """Another run takes the lock as soon as it is free; its lock file and its folder remain."""
     folder = OutputFolder(tmp_path / "out", Plan(0, 3, 1.0, 16), 4, "abc")
     another = FileLock(tmp_path / "out" / ".lock", timeout=0)
     unlink, rmdir = os.unlink, os.rmdir
@@ -106,15 +106,15 @@ class Killed(BaseException):
 CHANGING_CALLS = ("replace", "rename", "unlink", "mkdir", "rmdir", "remove")
 
 
-def run_and_die(action, monkeypatch, moment):
-    """Run an action whose process dies at the given one of its changes to the disk; return whether it died."""
+def run_until_killed(action, monkeypatch, moment):
+    """Run an action that is killed at its change number `moment` to the disk; return whether it was killed."""
     count = 0
 
     def until_the_moment(call):
         def change(*arguments, **named):
             nonlocal count
             count += 1
-            if count > moment:  # dead: nothing later happens either, such as cleaning up
+            if count > moment:  # a killed process changes nothing later either, such as in a clean-up
                 raise Killed
             return call(*arguments, **named)
 
@@ -131,8 +131,8 @@ def run_and_die(action, monkeypatch, moment):
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_every_moment_of_a_begin_leaves_a_folder_that_goes_on(tmp_path, monkeypatch, overwrite):
-    """Also where a foreign file lies among the pictures, and never with an earlier run's pictures as the new one's."""
+def test_a_begin_killed_at_any_moment_can_be_continued(tmp_path, monkeypatch, overwrite):
+    """This also holds with a foreign file among the pictures, and no picture of the earlier run is ever reused."""
     for moment in range(100):
         root = tmp_path / str(moment)
         earlier = begin_folder(root, num_items=3)
@@ -141,19 +141,19 @@ def test_every_moment_of_a_begin_leaves_a_folder_that_goes_on(tmp_path, monkeypa
         earlier.finish()
         (root / "image" / "cat.png").write_bytes(b"somebody's")
         alpha = 0.5 if overwrite else 1.0
-        died = run_and_die(lambda: begin_folder(root, 4, overwrite, alpha), monkeypatch, moment)  # noqa: B023
+        was_killed = run_until_killed(lambda: begin_folder(root, 4, overwrite, alpha), monkeypatch, moment)  # noqa: B023
         record = json.loads((root / "run.json").read_text())
-        goes_on = begin_folder(root, 4, overwrite=False, alpha=record["options"]["alpha"])
-        missing = goes_on.mend(np.arange(4)).tolist()
+        resumed = begin_folder(root, 4, overwrite=False, alpha=record["options"]["alpha"])
+        missing = resumed.mend(np.arange(4)).tolist()
         assert missing == ([0, 1, 2, 3] if record["options"]["alpha"] == 0.5 else [3])
         begin_folder(root, 4, overwrite=True, alpha=2.0)
         assert (root / "image" / "cat.png").read_bytes() == b"somebody's"
-        if not died:
+        if not was_killed:
             return
-    raise AssertionError("the run should have come to its end")
+    raise AssertionError("the run should have ended")
 
 
-def test_a_stop_while_overwriting_counts_nothing_of_the_earlier_run(whole, tmp_path, tiny_arguments, monkeypatch):
+def test_a_stop_while_overwriting_counts_no_item_of_the_earlier_run(whole, tmp_path, tiny_arguments, monkeypatch):
     out = copy_of(whole, tmp_path)
     unlink = os.unlink
 
@@ -168,7 +168,7 @@ def test_a_stop_while_overwriting_counts_nothing_of_the_earlier_run(whole, tmp_p
         run_to_the_end(tmp_path, tiny_arguments, 20, "--overwrite", "--alpha=0.5")
     monkeypatch.undo()
     assert list((out / "image").iterdir())
-    run_to_the_end(tmp_path, tiny_arguments, 20, "--alpha=0.5")  # as advised
+    run_to_the_end(tmp_path, tiny_arguments, 20, "--alpha=0.5")  # the suggested command
     (tmp_path / "alone").mkdir()
     run_to_the_end(tmp_path / "alone", tiny_arguments, 20, "--alpha=0.5")
     assert files_of(out) == files_of(tmp_path / "alone" / "out")
@@ -178,8 +178,8 @@ def test_a_stop_while_overwriting_counts_nothing_of_the_earlier_run(whole, tmp_p
 
 
 @pytest.fixture
-def company_matters(monkeypatch):
-    """Pictures whose pixels depend on the others of their batch, as a GPU's kernels may round by batch size."""
+def pixels_depend_on_the_batch(monkeypatch):
+    """Make pixels depend on the whole batch, as the rounding of a GPU's kernels may depend on the batch size."""
     call = NoiseCutMixPipeline.__call__
 
     def stamp(self, *arguments, **named):
@@ -192,7 +192,7 @@ def company_matters(monkeypatch):
     monkeypatch.setattr(NoiseCutMixPipeline, "__call__", stamp)
 
 
-def test_bytes_do_not_depend_on_what_was_there(company_matters, tmp_path, tiny_arguments):
+def test_bytes_do_not_depend_on_existing_items(pixels_depend_on_the_batch, tmp_path, tiny_arguments):
     (tmp_path / "whole").mkdir()
     run_to_the_end(tmp_path / "whole", tiny_arguments, 30)
     expected = files_of(tmp_path / "whole" / "out")
@@ -206,10 +206,10 @@ def test_bytes_do_not_depend_on_what_was_there(company_matters, tmp_path, tiny_a
     assert files_of(tmp_path / "out") == expected
 
 
-# What is not ours, and what is not as it should be
+# Foreign and damaged files
 
 
-def test_a_foreign_picture_never_replaces_one_of_ours(whole, tmp_path, tiny_arguments):
+def test_a_foreign_picture_never_replaces_a_picture_of_the_data_set(whole, tmp_path, tiny_arguments):
     out = copy_of(whole, tmp_path)
     for name in ("gen_1.png", "gen_00001.png", "gen_001.png"):
         black().save(out / "image" / name)
@@ -227,7 +227,7 @@ def test_names_with_more_digits_replace_no_file(tmp_path):
     assert Image.open(tmp_path / "out" / "image" / "gen_0001.png").getpixel((0, 0)) == (0, 0, 0)
 
 
-def test_a_wrong_mask_is_written_anew(whole, tmp_path, tiny_arguments):
+def test_a_wrong_mask_is_written_again(whole, tmp_path, tiny_arguments):
     out = copy_of(whole, tmp_path)
     Image.new("L", (16, 16), 255).save(out / "mask" / "mask_0002.png")
     shutil.copy(out / "mask" / "mask_0004.png", out / "mask" / "mask_0005.png")
@@ -240,7 +240,7 @@ def test_a_wrong_mask_is_written_anew(whole, tmp_path, tiny_arguments):
     assert files_of(out) == files_of(whole)
 
 
-def test_a_right_mask_of_another_writer_stays(whole, tmp_path, tiny_arguments):
+def test_a_correct_mask_of_another_writer_is_kept(whole, tmp_path, tiny_arguments):
     out = copy_of(whole, tmp_path)
     mask = out / "mask" / "mask_0003.png"
     Image.open(mask).save(mask, compress_level=9, pnginfo=PngImagePlugin.PngInfo())
@@ -283,15 +283,15 @@ def as_dangling_link(file):
     "damage",
     [as_jpeg, as_truncated, as_zeros, as_zeros_behind_the_header, as_wrong_size, as_gray, as_dangling_link],
 )
-def test_a_picture_that_is_not_whole_is_drawn_again(whole, tmp_path, tiny_arguments, damage):
+def test_a_damaged_picture_is_drawn_again(whole, tmp_path, tiny_arguments, damage):
     out = copy_of(whole, tmp_path)
     damage(out / "image" / "gen_0019.png")
     run_to_the_end(tmp_path, tiny_arguments, 20)
     assert files_of(out) == files_of(whole)
 
 
-def test_only_verify_finds_a_changed_pixel_stream_and_a_changed_row(whole, tmp_path, tiny_arguments):
-    """README says so of both."""
+def test_only_verify_finds_a_changed_pixel_stream(whole, tmp_path, tiny_arguments):
+    """The README makes this promise."""
     out = copy_of(whole, tmp_path)
     image = out / "image" / "gen_0019.png"
     content = bytearray(image.read_bytes())
@@ -303,7 +303,7 @@ def test_only_verify_finds_a_changed_pixel_stream_and_a_changed_row(whole, tmp_p
     assert files_of(out) == files_of(whole)
 
 
-def test_a_damaged_picture_of_the_preview_is_named_with_what_to_do(whole, tmp_path, tiny_arguments):
+def test_a_damaged_picture_of_the_preview_is_reported_with_the_remedy(whole, tmp_path, tiny_arguments):
     out = copy_of(whole, tmp_path)
     image = out / "image" / "gen_0003.png"
     content = bytearray(image.read_bytes())
@@ -381,7 +381,7 @@ def test_a_full_disk_is_reported_with_the_file_name(tmp_path, tiny_arguments, mo
     run_to_the_end(tmp_path, tiny_arguments, 5)
 
 
-def test_an_option_that_this_program_does_not_know_is_a_difference(whole, tmp_path, tiny_arguments):
+def test_an_unknown_option_is_a_difference(whole, tmp_path, tiny_arguments):
     out = copy_of(whole, tmp_path)
     record = json.loads((out / "run.json").read_text())
     record["options"]["shown"] = "target"
@@ -399,10 +399,10 @@ def draw(tmp_path, arguments, num_gen, *more):
         main()
 
 
-def test_pictures_are_not_drawn_into_a_data_set(whole, tmp_path, tiny_arguments):
+def test_generation_refuses_the_folder_of_a_data_set(whole, tmp_path, tiny_arguments):
     out = copy_of(whole, tmp_path)
     before = files_of(out)
-    for name in (None, "soft_label.npy", "metadata.jsonl"):  # of an unfinished data set, too
+    for name in (None, "soft_label.npy", "metadata.jsonl"):  # also for an unfinished data set
         if name:
             (out / name).unlink()
             del before[name]
@@ -423,7 +423,7 @@ def test_pictures_and_preview_are_of_one_run(tmp_path, tiny_arguments):
     assert all((tmp_path / "out" / name).read_bytes() == content for name, content in foreign.items())
 
 
-def test_atomic_files_are_whole_or_not_there(tmp_path):
+def test_atomic_files_are_complete_or_missing(tmp_path):
     with pytest.raises(ZeroDivisionError), files.atomic_file(tmp_path / "file") as content:
         content.write(b"half")
         raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""The generator from Python: what it takes, what it refuses in one line, and what it does when memory is short."""
+"""The generator in Python: valid and invalid arguments, and its behaviour when memory is short."""
 
 import argparse
 import os
@@ -60,7 +60,7 @@ def refusal(error, call, *arguments, **named):
     ],
     ids=repr,
 )
-def test_labels_that_are_no_whole_numbers_in_range_are_refused(generator, labels):
+def test_labels_have_to_be_integers_in_range(generator, labels):
     assert refusal(ValueError, generator, labels).startswith("`target_labels`: ")
     assert refusal(ValueError, generator, [1], aug_labels=labels).startswith("`aug_labels`: ")
 
@@ -103,21 +103,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_arguments_that_are_wrong_are_named(name, value):
-    """In the words of Python: the parameter's name, and no flag."""
+def test_wrong_arguments_are_named(name, value):
+    """The message names the parameter, not the flag of a script."""
     message = refusal(ValueError, make, **{name: value})
     assert f"`{name}`" in message or (name == "resolution" and "resolution" in message)
     assert "--" not in message
 
 
 @pytest.mark.parametrize("resolution", [33, 0, 32.0, "32", True])
-def test_a_resolution_of_a_call_is_named(generator, resolution):
+def test_a_wrong_resolution_of_a_call_is_named(generator, resolution):
     wanted = "a multiple of 2" if resolution == 33 else "a whole number from 1 to 8192"
     message = refusal(InputError, generator, [1], resolution=resolution)
     assert message == f"`resolution`: has to be {wanted}, not {resolution!r}"
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     generator = make(seed=np.int64(3), batch_size=np.int32(2), alpha=np.float32(1), resolution=np.int64(32))
     assert generator([1])[0][0].size == (32, 32)
 
@@ -128,8 +128,8 @@ def test_a_prompt_that_is_cut_after_the_class_is_refused(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_classes_and_plan_that_are_there_are_used(tiny_model, tiny_checkpoint, tmp_path):
-    """No file is read for them, and the plan stands in place of seed, alpha and resolution."""
+def test_given_classes_and_plan_are_used(tiny_model, tiny_checkpoint, tmp_path):
+    """No file is read for them, and the plan replaces seed, alpha and resolution."""
     classes = Classes(tuple(CLASS_NAMES), "bird", str(tiny_model), tiny_checkpoint, 512)
     plan = Plan(7, 3, 0.5, 16)
     generator = make(data_name=classes, plan=plan)
@@ -139,7 +139,7 @@ def test_classes_and_plan_that_are_there_are_used(tiny_model, tiny_checkpoint, t
     assert np.array_equal(*pictures) and pictures[0].size == (16, 16)
 
 
-def test_items_of_one_size_are_drawn_at_that_size_and_of_several_refused(generator):
+def test_items_are_drawn_at_their_size_which_has_to_be_one(generator):
     small, large = Plan(0, 10, 1.0, 16).item(0), Plan(0, 10, 1.0, 48).item(1)
     assert [generator.draw([item])[0].size for item in (small, large)] == [(16, 16), (48, 48)]
     assert "`items`: have to be of one resolution" in refusal(ValueError, generator.draw, [small, large])
@@ -164,7 +164,7 @@ def options(**changes):
     )
 
 
-def test_options_of_a_script_make_the_generator_that_python_makes():
+def test_options_of_a_script_create_the_same_generator_as_python():
     plan = Plan(3, 10, 1.0, 32)
     made = create_generator(options(), "cpu", plan)
     by_hand = make(seed=3, batch_size=4)
@@ -173,7 +173,7 @@ def test_options_of_a_script_make_the_generator_that_python_makes():
     assert create_generator(options(dtype="bfloat16"), "cpu", plan).pipe.unet.dtype == torch.bfloat16
 
 
-def test_too_little_memory_for_the_model_is_said_in_one_line(monkeypatch):
+def test_too_little_memory_for_the_model_is_reported_in_one_line(monkeypatch):
     def never(*arguments, **named):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: not enough memory: you tried")
 
@@ -191,7 +191,7 @@ def test_too_little_memory_for_the_model_is_said_in_one_line(monkeypatch):
         "MPS backend out of memory (MPS allocated: 1.00 GB)",
     ],
 )
-def test_the_batch_is_halved_on_every_system(monkeypatch, capsys, message):
+def test_out_of_memory_errors_of_every_backend_halve_the_batch(monkeypatch, capsys, message):
     generator = make(batch_size=4)
     draw_batch = generator._draw_batch
 
@@ -207,7 +207,7 @@ def test_the_batch_is_halved_on_every_system(monkeypatch, capsys, message):
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_messages_in_mid_run_name_parameters(monkeypatch):
+def test_messages_during_a_run_name_parameters(monkeypatch):
     generator = make()
     item = generator.plan.item(1)
 
@@ -227,7 +227,7 @@ def test_messages_in_mid_run_name_parameters(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="PATH is how a compiler is taken away here")
+@pytest.mark.skipif(os.name == "nt", reason="the test hides the compiler with PATH")
 def test_compile_without_a_compiler_says_what_to_install(tmp_path):
     code = """
 from noisecutmix import NoiseCutMixGenerator

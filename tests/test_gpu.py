@@ -1,4 +1,4 @@
-"""The whole installation on a real NVIDIA GPU: `uv run pytest -m cuda`. Everything is skipped where none is visible."""
+"""Tests on a real NVIDIA GPU: `uv run pytest -m cuda`. All of them are skipped if no GPU is visible."""
 
 import contextlib
 import os
@@ -22,9 +22,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible; with one, run pytest -m cuda"),
 ]
 COUNT = 16
-TALK_LOCALLY = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-# grey levels, a picture's mean difference to the CPU's in float32. On a CPU float16 differs by 0.2 at most and bfloat16
-# by 1.5; a GPU rounds convolutions of float32 to TF32, which has float16's precision
+LOOPBACK_ONLY = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+# Mean difference of a picture to the CPU's float32 picture, in grey levels. On a CPU, float16 differs by at most 0.2
+# and bfloat16 by 1.5. A GPU computes float32 convolutions in TF32, which has the precision of float16.
 TOLERANCES = {torch.float32: 0.5, torch.float16: 0.5, torch.bfloat16: 4.0}
 
 
@@ -45,14 +45,14 @@ def differences(pictures, expected):
 
 @pytest.fixture
 def generator():
-    """Of float16, with its prompts encoded and the libraries started."""
+    """A float16 generator that has drawn once: its prompts are encoded and the CUDA libraries are initialised."""
     generator = build_digits("cuda", num_inference_steps=4)
     draw(generator)
     return generator
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_pictures_are_the_cpus_to_the_types_rounding(dtype):
+def test_pictures_equal_those_of_the_cpu_within_rounding(dtype):
     expected = draw(build_digits("cpu", torch.float32))
     assert differences(draw(build_digits("cuda", dtype)), expected).max() <= TOLERANCES[dtype]
 
@@ -73,7 +73,7 @@ def test_a_picture_costs_three_evaluations_a_step_and_one_decoding(generator):
 
 
 def test_the_host_does_not_wait_for_the_gpu_within_the_loop(generator):
-    """From the UNet's first call to the decoder's, PyTorch itself raises an error at whatever waits."""
+    """From the first call of the UNet to that of the decoder, PyTorch raises an error at every synchronisation."""
     pipe = generator.pipe
     hooks = [
         pipe.unet.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error")),
@@ -121,7 +121,7 @@ def test_the_host_reads_8_bit_pictures_once_and_little_else(generator):
 
 @contextlib.contextmanager
 def limited_memory(size):
-    """Let PyTorch have so many bytes of the GPU and no more."""
+    """Limit PyTorch to `size` bytes of the GPU's memory."""
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(size / torch.cuda.mem_get_info()[1])
     try:
@@ -131,7 +131,7 @@ def limited_memory(size):
 
 
 def peak_of(generator, batch_size):
-    """Return the most bytes that tensors take to draw a batch, and the pictures."""
+    """Return the peak size of all tensors while a batch is drawn, in bytes, and the pictures."""
     generator.batch_size = batch_size
     torch.cuda.reset_peak_memory_stats()
     pictures = draw(generator, batch_size)
@@ -155,9 +155,9 @@ def read_pictures(folder):
     return np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
 
 
-def test_two_processes_on_one_gpu_make_the_data_set_of_one(tmp_path):
+def test_two_processes_on_one_gpu_draw_the_data_set_of_one(tmp_path):
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment = offline_environment(CUDA_VISIBLE_DEVICES=gpu, **TALK_LOCALLY)
+    environment = offline_environment(CUDA_VISIBLE_DEVICES=gpu, **LOOPBACK_ONLY)
     arguments = ["--data_name=digits", "--device=cuda", "--num_aug=40", "--num_inference_steps=4"]
     one = command("augmentation.py", *arguments, "--output_dir=one")
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
@@ -172,7 +172,7 @@ def test_two_processes_on_one_gpu_make_the_data_set_of_one(tmp_path):
     assert differences(pictures, expected).max() <= TOLERANCES[torch.float16]
 
 
-def test_memory_is_what_the_dry_run_computes_and_its_reserve_covers_the_rest(tmp_path, capsys):
+def test_memory_is_as_computed_by_the_dry_run_within_its_reserve(tmp_path, capsys):
     """A batch of 8 at Stable Diffusion 1.5's shapes, with random weights, loaded from files."""
     shape, dtype, batch_size = SHAPES["sd15"], torch.float16, 8
     usage = compute_drawing(shape, dtype, steps=2, resolution=shape.resolution, batch_sizes=(batch_size,))[0]
@@ -200,7 +200,7 @@ def test_memory_is_what_the_dry_run_computes_and_its_reserve_covers_the_rest(tmp
 
 
 def test_the_benchmark_prints_its_table(tmp_path, capsys):
-    """The figures of this GPU: a plain way beside the scripts', at Stable Diffusion 1.5's shapes."""
+    """It measures the plain implementation and the scripts on this GPU, at Stable Diffusion 1.5's shapes."""
     arguments = ["--arch=sd15", "--device=cuda", "--repeats=1", "--part", "throughput", "memory"]
     done = subprocess.run(
         command("tests/benchmark.py", *arguments),

@@ -1,4 +1,4 @@
-"""Several processes of one launch: they draw one data set, and none goes on alone or hangs."""
+"""Several processes of one launch draw one data set; if one of them stops, the others stop, too."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from conftest import LONGEST_WAIT, ROOT, command, files_of, run_to_the_end, wait
 
 
 def is_worker(process):
-    with contextlib.suppress(psutil.Error):  # it has just ended
+    with contextlib.suppress(psutil.Error):  # the process has just ended
         return str(ROOT / "augmentation.py") in process.cmdline()
     return False
 
@@ -34,7 +34,7 @@ def launch(start, tmp_path):
 
 
 def find_free_port():
-    """Return a port that is free and outside the range from which outgoing connections take theirs."""
+    """Return a free port outside the range that is used for outgoing connections."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as candidate, contextlib.suppress(OSError):
             candidate.bind(("127.0.0.1", port))
@@ -53,7 +53,7 @@ def test_two_processes_draw_what_one_draws(whole, launch, tmp_path, tiny_argumen
 
 @pytest.fixture
 def start_ranks(start, tmp_path):
-    """Start the processes of a launch as a launcher does on machines of their own: no agent ends one for another."""
+    """Start the processes of a launch as on separate machines: no agent stops the others when one fails."""
 
     def start_them(*arguments_by_rank, world_size=None, **environment):
         port = str(find_free_port())
@@ -98,8 +98,8 @@ def test_machines_without_a_shared_folder_are_named(start_ranks, tmp_path, tiny_
 
 
 @pytest.mark.slow
-def test_who_lost_its_main_process_stops_and_writes_nothing_more(start_ranks, tmp_path, tiny_arguments):
-    """The main process is killed, the folder is taken by another run: no picture of the old run lies in it."""
+def test_a_process_without_its_main_process_stops_and_writes_nothing_more(start_ranks, tmp_path, tiny_arguments):
+    """The main process is killed and another run takes the folder, which then holds no picture of the old run."""
     arguments = [*tiny_arguments, "--num_inference_steps=20", "--num_aug=2000", "--output_dir=out"]
     main, other = start_ranks(arguments, arguments)
     wait_for_images(tmp_path / "out", 20, main)
@@ -118,7 +118,7 @@ def test_who_lost_its_main_process_stops_and_writes_nothing_more(start_ranks, tm
 
 @pytest.mark.slow
 def test_a_process_that_freezes_ends_the_launch(start_ranks, tmp_path, tiny_arguments):
-    """A machine that loses its network says nothing any more; SIGSTOP looks like that from the others."""
+    """A machine that loses its network stops responding; SIGSTOP has the same effect for the other processes."""
     shared = [*tiny_arguments, "--num_inference_steps=20", "--num_aug=20000"]
     launches = [start_ranks(*[[*shared, f"--output_dir=out{frozen}"]] * 2) for frozen in range(2)]
     for frozen, processes in enumerate(launches):
@@ -177,7 +177,7 @@ def test_signals_end_a_process_that_waits_for_the_others(start_ranks, tmp_path, 
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "MASTER_PORT is not set"),
     ],
 )
-def test_half_a_launch_is_refused_in_one_line(run_script, tmp_path, environment, named):
+def test_an_incomplete_launch_environment_is_refused_in_one_line(run_script, tmp_path, environment, named):
     done = run_script("augmentation.py", "--data_name=digits", "--device=cpu", environment=environment)
     assert done.returncode == 2, done.stderr
     assert named in done.stderr and len(done.stderr.splitlines()) == 1
@@ -185,7 +185,7 @@ def test_half_a_launch_is_refused_in_one_line(run_script, tmp_path, environment,
 
 
 @pytest.mark.slow
-def test_a_launch_draws_pictures_to_look_at_once(run_script, tmp_path, tiny_arguments):
+def test_generation_in_a_launch_draws_once(run_script, tmp_path, tiny_arguments):
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     done = run_script("generation.py", *tiny_arguments, "--output_dir=out", environment={**launch, "RANK": "1"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -198,7 +198,7 @@ def test_a_launch_draws_pictures_to_look_at_once(run_script, tmp_path, tiny_argu
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_after_one_of_two_was_killed(launch, tmp_path, tiny_arguments):
+def test_one_process_continues_after_one_of_two_was_killed(launch, tmp_path, tiny_arguments):
     steps = "--num_inference_steps=20"
     (tmp_path / "whole").mkdir()
     run_to_the_end(tmp_path / "whole", tiny_arguments, 300, steps)

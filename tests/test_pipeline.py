@@ -1,4 +1,4 @@
-"""The denoising loop: what the method promises, on a tiny random pipeline in float32."""
+"""The pipeline and its denoising loop, tested with a tiny random model in float32."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from noisecutmix import NoiseCutMixPipeline
 from noisecutmix.pipeline import NonFiniteImageError
 
 PROMPT_1, PROMPT_2 = "a photo of a <class_0> bird", "a photo of a <class_1> bird"
-# float32 rounding, through 4 steps and guidance: relative to the values' range
+# of float32 through 4 steps with guidance, relative to the range of the values
 ROUNDING = 1e-5
 
 
@@ -67,7 +67,7 @@ def stock_pipeline(pipe):
 
 @pytest.mark.parametrize(("level", "prompt"), [(255, PROMPT_1), (0, PROMPT_2)])
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
-def test_a_uniform_mask_is_stock_stable_diffusion(tiny_pipeline, level, prompt, guidance_scale):
+def test_a_uniform_mask_equals_stock_stable_diffusion(tiny_pipeline, level, prompt, guidance_scale):
     stock = stock_pipeline(tiny_pipeline)
     stock.set_progress_bar_config(disable=True)
     expected = stock(
@@ -82,7 +82,7 @@ def test_a_uniform_mask_is_stock_stable_diffusion(tiny_pipeline, level, prompt, 
 
 
 def test_latents_agree_with_a_plain_loop(tiny_pipeline):
-    """The method written out, one UNet call an estimate."""
+    """The loop calls the UNet once per noise estimate."""
     pipe = tiny_pipeline
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
@@ -110,12 +110,12 @@ def test_swapping_prompts_and_inverting_the_mask_changes_nothing(tiny_pipeline):
     second = draw(tiny_pipeline, prompt_1=PROMPT_2, prompt_2=PROMPT_1, mask=inverted)
     other = draw(tiny_pipeline, mask=inverted)
     swapped, inverted_alone = (second - first).abs().max(), (other - first).abs().max()
-    # the resized masks are rounded to 1/255 each, so they are each other's inverse to a level or two
+    # both resized masks are rounded to 1/255, so one is the inverse of the other within one or two levels
     assert swapped < inverted_alone / 50
 
 
 def test_the_merged_estimate_is_eps_1_inside_and_eps_2_outside(tiny_pipeline, monkeypatch):
-    """With a UNet whose estimate is known: the prompt's own number everywhere."""
+    """The estimate of this UNet is known: a constant that is the first number of the prompt's embedding."""
     merged = []
 
     def known_unet(sample, timestep, encoder_hidden_states, return_dict):
@@ -188,7 +188,7 @@ def test_a_picture_is_the_same_in_any_batch(tiny_pipeline):
 
 
 def test_noise_does_not_depend_on_the_dtype(tiny_pipeline):
-    """Drawn in float32, then cast: bfloat16 starts from float32's noise."""
+    """The noise is drawn in float32 and then cast, so bfloat16 starts from the same noise as float32."""
 
     def initial_noise():
         seen = []
@@ -208,7 +208,7 @@ def test_noise_does_not_depend_on_the_dtype(tiny_pipeline):
     assert torch.equal(initial_noise(), expected.bfloat16().float())
 
 
-def test_images_of_one_prompt_are_neighbours_and_share_its_mask(tiny_pipeline):
+def test_images_of_one_prompt_are_adjacent_and_share_its_mask(tiny_pipeline):
     together = draw(
         tiny_pipeline,
         prompt_1=[PROMPT_1, PROMPT_2],
@@ -234,13 +234,13 @@ def test_every_kind_of_mask_gives_the_same_picture(tiny_pipeline):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "RGBA", "LA", "PA", "RGBa", "CMYK", "YCbCr", "HSV"])
-def test_an_opaque_mask_counts_by_its_grey_level_in_every_mode(tiny_pipeline, mode):
+def test_an_opaque_mask_is_read_by_grey_level_in_every_mode(tiny_pipeline, mode):
     mask = left_half().convert("RGB" if mode in ("HSV", "YCbCr", "CMYK") else "RGBA" if mode == "RGBa" else mode)
     assert torch.equal(draw(tiny_pipeline, mask=mask.convert(mode)), draw(tiny_pipeline))
 
 
 def transparent_masks():
-    """White pictures whose shape lies in their transparency alone, in each of Pillow's ways to say it."""
+    """Yield white pictures with a transparent half, in each form of transparency that Pillow supports."""
     for mode in ("RGBA", "LA", "PA"):
         picture = white().convert(mode)
         picture.putalpha(left_half())
@@ -259,7 +259,7 @@ def transparent_masks():
 
 
 @pytest.mark.parametrize("mask", transparent_masks(), ids=lambda mask: mask.mode)
-def test_a_mask_that_is_transparent_in_places_is_refused(tiny_pipeline, mask):
+def test_a_mask_with_transparent_parts_is_refused(tiny_pipeline, mask):
     with pytest.raises(ValueError, match=r'`mask` of mode \S+ is transparent.*getchannel\("A"\)'):
         draw(tiny_pipeline, mask=mask)
 
@@ -298,7 +298,7 @@ def test_callback_ends_guidance_as_the_interval_does(tiny_pipeline):
 
 def test_diffusers_callbacks_get_the_tensors_that_they_ask_for(tiny_pipeline):
     expected = draw(tiny_pipeline)
-    for callback in (IPAdapterScaleCutoffCallback(0.5), SDCFGCutoffCallback(1.0)):  # a cutoff after the last step
+    for callback in (IPAdapterScaleCutoffCallback(0.5), SDCFGCutoffCallback(1.0)):  # cutoff after the last step
         for one in (callback, MultiPipelineCallbacks([callback])):
             assert torch.equal(draw(tiny_pipeline, callback_on_step_end=one), expected)
 
@@ -337,7 +337,7 @@ def test_a_model_without_learned_classes_has_no_names(tiny_model):
 
 
 @pytest.mark.parametrize(("spacing", "most"), [("linspace", 999), ("leading", 998)])
-def test_as_many_steps_as_the_schedule_takes(tiny_pipeline, monkeypatch, spacing, most):
+def test_the_number_of_steps_is_limited_by_the_schedule(tiny_pipeline, monkeypatch, spacing, most):
     scheduler = tiny_pipeline.scheduler
     tiny_pipeline.scheduler = scheduler.from_config(scheduler.config, timestep_spacing=spacing)
     monkeypatch.setattr(tiny_pipeline.unet, "forward", lambda sample, *_, **__: (sample / 2,))

@@ -1,4 +1,4 @@
-"""Boxes, masks, ratios and labels: the arithmetic of CutMix, and one seed an item."""
+"""Boxes, masks, ratios and labels of CutMix, and one seed per item."""
 
 import dataclasses
 import json
@@ -65,11 +65,11 @@ def test_size_has_to_hold_whole_numbers(size):
         make_mask_and_ratio(size, 1.0)
 
 
-NO_WHOLE_NUMBERS = [True, np.True_, 1.0, np.float32(1), "1", torch.tensor(1), np.array([1]), -1]
+NOT_WHOLE_NUMBERS = [True, np.True_, 1.0, np.float32(1), "1", torch.tensor(1), np.array([1]), -1]
 
 
-@pytest.mark.parametrize("value", NO_WHOLE_NUMBERS, ids=repr)
-def test_what_counts_or_numbers_has_to_be_whole(value):
+@pytest.mark.parametrize("value", NOT_WHOLE_NUMBERS, ids=repr)
+def test_counts_and_indices_have_to_be_whole_numbers(value):
     good = {"seed": 0, "num_classes": 3, "alpha": 1.0, "resolution": 32}
     for name in ("seed", "num_classes", "resolution"):
         with pytest.raises(ValueError, match=f"`{name}`: has to be a whole number"):
@@ -82,7 +82,7 @@ def test_what_counts_or_numbers_has_to_be_whole(value):
 
 
 @pytest.mark.parametrize("labels", [{"target": 3}, {"aug": 3}, {"target": 10**30}])
-def test_a_label_beyond_the_classes_is_refused(labels):
+def test_a_label_out_of_range_is_refused(labels):
     with pytest.raises(ValueError, match=f"`{next(iter(labels))}`: has to be a whole number from 0 to 2"):
         Plan(0, 3, 1.0, 32).item(0, **labels)
 
@@ -93,7 +93,7 @@ def test_an_items_ratio_is_a_share(ratio):
         dataclasses.replace(Plan(0, 3, 1.0, 32).item(0), ratio=ratio)
 
 
-def test_numbers_of_numpy_count_as_pythons():
+def test_numpy_numbers_equal_python_numbers():
     plan = Plan(np.int64(5), np.uint8(3), np.float32(1), np.int32(32))
     item = plan.item(np.int16(4), np.uint8(2), np.int64(0))
     assert item == Plan(5, 3, 1.0, 32).item(4, 2, 0)
@@ -103,16 +103,17 @@ def test_numbers_of_numpy_count_as_pythons():
 
 
 def test_the_box_no_longer_changes_at_the_ends_of_alphas_range():
-    """lambda ~ Beta(alpha, alpha) is 0 or 1 at the lower end and 1/2 at the upper one, to less than a pixel."""
+    """lambda ~ Beta(alpha, alpha) is 0 or 1 at the lower end and 1/2 at the upper end, within less than a pixel."""
     for index in range(300):
         left, top, right, bottom = Plan(0, 2, 1e-6, 512).item(index).box
-        assert (right - left, bottom - top) == (0, 0) or min(right - left, bottom - top) >= 256  # none, or all, clipped
+        # the box is empty, or it is the full square, clipped
+        assert (right - left, bottom - top) == (0, 0) or min(right - left, bottom - top) >= 256
     boxes = [Plan(0, 2, 1e6, 512).item(index).box for index in range(300)]
     assert max(right - left for left, _, right, _ in boxes) == pytest.approx(512 * np.sqrt(0.5), abs=3)
 
 
 @given(seed=seeds, index=st.integers(0, 10**9), classes=st.integers(2, 200), alpha=alphas, resolution=sides)
-def test_label_shares_the_box(seed, index, classes, alpha, resolution):
+def test_label_shares_follow_the_box(seed, index, classes, alpha, resolution):
     item = Plan(seed, classes, alpha, resolution).item(index)
     label = item.soft_label(classes)
     assert item.target != item.aug
@@ -169,10 +170,10 @@ def test_classes_are_uniform():
     assert abs(off_diagonal - expected).max() < 5 * np.sqrt(expected)  # five standard deviations of a count
 
 
-def test_mean_area_is_cutmixs():
-    """alpha 1: lambda is uniform, side s = sqrt(1 - lambda), and a side with a uniform centre is clipped.
+def test_mean_area_is_that_of_cutmix():
+    """With alpha 1, lambda is uniform, a box has the side s = sqrt(1 - lambda), and its centre is uniform.
 
-    The visible share of a side s in [0, 1] is on average s - s^2 / 4, so the mean area is the mean of its square.
+    After clipping, the mean length of a side s in [0, 1] is s - s^2 / 4, so the mean area is the mean of its square.
     """
     ratios = [Plan(0, 2, 1.0, 512).item(index).ratio for index in range(20_000)]
     side = np.sqrt(np.linspace(0, 1, 100_001))
@@ -183,7 +184,7 @@ def test_mean_area_is_cutmixs():
 
 
 @pytest.mark.parametrize("change", [{"seed": -1}, {"num_classes": 1}, {"alpha": 0.0}, {"resolution": 0}])
-def test_a_plan_that_cannot_be_is_refused(change):
+def test_an_invalid_plan_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Plan(**{"seed": 0, "num_classes": 2, "alpha": 1.0, "resolution": 32, **change})
 

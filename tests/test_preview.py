@@ -1,4 +1,4 @@
-"""preview.png: captions that can be read, whatever the class names."""
+"""preview.png: the captions are legible for all class names."""
 
 import importlib.util
 import sys
@@ -14,7 +14,7 @@ from noisecutmix.preview import CAPTION_HEIGHT, MARGIN, SIDE, draw_preview
 
 
 def draw(names, label=0, copies=1):
-    """Return the preview of pictures of one class pair: class `label` inside the box."""
+    """Return the preview of pictures of one pair of classes, with class `label` inside the box."""
     item = Item(0, label, 1 - label if label < 2 else 0, (8, 8, 24, 24), 0.25, 0, 32)
     return np.asarray(draw_preview([Image.new("RGB", (32, 32))] * copies, [item] * copies, names))
 
@@ -28,7 +28,7 @@ def caption(name, label=0):
 
 @pytest.fixture
 def a_font_with_letters():
-    """Skip where no font is installed. A Linux server may have none; matplotlib brings one."""
+    """Skip the test if no font is installed. A Linux server may have none, but matplotlib includes one."""
     try:
         ImageFont.truetype("arial.ttf" if sys.platform == "win32" else "DejaVuSans.ttf")
     except OSError:
@@ -38,8 +38,8 @@ def a_font_with_letters():
 @pytest.mark.parametrize(
     "name", ["Vögelchen", "Žluťoučký", "Зимородок", "Αλκυόνα", "café", "Łabędź", "Ærø", "İbibik", "½ €"]
 )
-def test_each_letter_shows(a_font_with_letters, name):
-    """A letter drawn as the box of a missing glyph looks like any other such letter."""
+def test_each_letter_is_drawn(a_font_with_letters, name):
+    """A missing glyph would be drawn as a box, the same for every such letter."""
     shown = caption(name)
     assert shown != caption("class 0")
     for position, letter in enumerate(name):
@@ -53,7 +53,7 @@ def test_the_same_letters_look_the_same_however_composed(a_font_with_letters):
 
 
 @pytest.mark.parametrize("name", ["नीलकंठ", "עורב", "بلبل", "x\u0301y", "\ue000", "a\u200fb", "a\x07b"])
-def test_a_name_that_cannot_be_shown_is_its_label(name):
+def test_a_name_that_cannot_be_drawn_is_replaced_by_its_label(name):
     assert caption(name, label=17) == caption("class 17", label=17)
 
 
@@ -66,8 +66,8 @@ def test_a_machine_without_fonts_shows_labels(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["a name of many words " * 3, "x" * 500, "Ü" * 80, "a\nb\tc", "W" * 29])
-def test_captions_keep_to_their_pictures(name):
-    """Between the pictures of a row and of a column all stays white."""
+def test_captions_stay_below_their_pictures(name):
+    """The space between rows and between columns remains white."""
     pixels = draw([name, name], copies=8)
     for column in range(5):
         left = column * (SIDE + MARGIN)
@@ -77,7 +77,7 @@ def test_captions_keep_to_their_pictures(name):
         assert (pixels[top : top + MARGIN] == 255).all()
 
 
-def test_a_long_name_shows_that_it_goes_on():
+def test_a_long_name_is_shown_as_truncated():
     fits = "W" * 10
     assert caption("W" * 200) == caption("W" * 300) != caption(fits)
 

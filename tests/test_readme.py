@@ -1,6 +1,6 @@
-"""What the README says is so: its Python runs as it stands, its commands succeed, its links lead somewhere.
+"""The README is correct: its Python code runs unchanged, its commands succeed, and its links are valid.
 
-Blocks marked `sh gpu` need a GPU, downloads or a cluster, and are checked for their flags alone.
+Blocks marked `sh gpu` need a GPU, downloads or a cluster; only their flags are checked.
 """
 
 import re
@@ -19,7 +19,7 @@ PARSERS = {**SCRIPTS, "finetune.py": load_module(ROOT / "ckpts" / "finetune.py")
 
 
 def script_commands(kind):
-    """Return (script, arguments) of each command of ours in the blocks of a kind."""
+    """Return (script, arguments) of each command in the blocks of a kind that runs one of the scripts."""
     text = "\n".join(block for name, block in BLOCKS if name == kind).replace("\\\n", " ").replace("'", "")
     commands = re.findall(r"(augmentation\.py|generation\.py|finetune\.py) (.*)", text)
     return [(script, shlex.split(arguments)) for script, arguments in commands]
@@ -27,7 +27,7 @@ def script_commands(kind):
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """A working directory with outputs/digits and ckpts, as after the README's first command."""
+    """A working directory with outputs/digits, as after the first command of the README."""
     folder = tmp_path_factory.mktemp("readme")
     arguments = ["--data_name=digits", "--num_aug=32", "--num_inference_steps=5", "--output_dir=outputs/digits"]
     with as_command_line("augmentation.py", *arguments, folder=folder) as main:
@@ -77,7 +77,7 @@ def test_local_links_resolve():
             assert (ROOT / target).exists(), target
 
 
-def test_the_package_shows_its_names():
+def test_the_package_lists_its_public_names():
     import noisecutmix
 
     assert set(noisecutmix.__all__) == set(dir(noisecutmix))

@@ -1,4 +1,4 @@
-"""A data set that is cut off, damaged, extended or asked for twice: the same command ends with the same data set."""
+"""After an interruption or damage, or to extend it, the same command completes the same data set."""
 
 import json
 import os
@@ -39,7 +39,7 @@ LABELS_AND_MASKS = re.compile(r"mask/.*|metadata\.jsonl|soft_label\.npy")
 
 
 def compare(folder, expected):
-    """Byte for byte, but for one grey level in pictures: another batch may round otherwise."""
+    """Require the same bytes, but allow one grey level in pictures: the rounding depends on the batch."""
     actual_files, expected_files = files_of(folder), files_of(expected)
     assert actual_files.keys() == expected_files.keys()
     for name, content in expected_files.items():
@@ -54,7 +54,7 @@ def copy_of(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "out")
 
 
-def test_damage_is_mended_and_nothing_else_touched(whole, tmp_path, tiny_arguments):
+def test_damage_is_repaired_and_nothing_else_is_changed(whole, tmp_path, tiny_arguments):
     out = copy_of(whole, tmp_path)
     damaged = out / "image" / "gen_0003.png"
     damaged.write_bytes(damaged.read_bytes()[:-20])
@@ -119,7 +119,7 @@ def delete_preview(out):
     "damage",
     [damage_metadata, damage_labels, empty_labels, damage_header_of_labels, delete_masks, delete_preview],
 )
-def test_damage_beside_the_pictures_is_mended(whole, tmp_path, tiny_arguments, damage):
+def test_damage_to_other_files_is_repaired(whole, tmp_path, tiny_arguments, damage):
     out = copy_of(whole, tmp_path)
     damage(out)
     run_to_the_end(tmp_path, tiny_arguments, 20)
@@ -134,7 +134,7 @@ def test_the_same_batch_gives_the_same_bytes(whole, tmp_path, tiny_arguments):
     assert files_of(out) == files_of(whole)
 
 
-def test_a_complete_folder_is_left_as_it_is(whole, tmp_path, tiny_arguments, capsys):
+def test_a_complete_folder_is_not_changed(whole, tmp_path, tiny_arguments, capsys):
     out = copy_of(whole, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name not in ("run.json", ".lock")}
     run_to_the_end(tmp_path, tiny_arguments, 20)
@@ -142,7 +142,7 @@ def test_a_complete_folder_is_left_as_it_is(whole, tmp_path, tiny_arguments, cap
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_extension_equals_all_at_once(whole, tmp_path, tiny_arguments):
+def test_an_extended_data_set_equals_one_drawn_at_once(whole, tmp_path, tiny_arguments):
     out = copy_of(whole, tmp_path)
     run_to_the_end(tmp_path, tiny_arguments, 50)
     (tmp_path / "at_once").mkdir()
@@ -150,8 +150,8 @@ def test_extension_equals_all_at_once(whole, tmp_path, tiny_arguments):
     assert files_of(out) == files_of(tmp_path / "at_once" / "out")
 
 
-def test_names_sort_in_row_order_when_they_grow_longer(tmp_path):
-    """From 10,000 items to 10,001 the numbers get a digit more; what is there is renamed."""
+def test_names_sort_in_row_order_after_a_digit_is_added(tmp_path):
+    """With 10,001 instead of 10,000 items, the numbers get one more digit, and existing files are renamed."""
     plan = Plan(0, 3, 1.0, 16)
     small, large = OutputFolder(tmp_path, plan, 10_000, "abc"), OutputFolder(tmp_path, plan, 10_001, "abc")
     small.begin({}, {"command": []})
@@ -197,12 +197,12 @@ def test_another_checkpoint_is_refused(whole, tmp_path, tiny_arguments, tiny_che
         run_to_the_end(tmp_path, arguments, 20, f"--ckpt_path={other}")
 
 
-def test_overwrite_deletes_only_our_own(whole, tmp_path, tiny_arguments):
+def test_overwrite_deletes_only_files_of_the_data_set(whole, tmp_path, tiny_arguments):
     out = copy_of(whole, tmp_path)
     (out / "image" / "cat.png").write_bytes(b"not ours")
     (out / "notes.txt").write_text("not ours")
     run_to_the_end(tmp_path, tiny_arguments, 6, "--overwrite", "--alpha=0.5")
-    assert "--overwrite" not in json.loads((out / "run.json").read_text())["runs"][-1]["command"]  # it would start anew
+    assert "--overwrite" not in json.loads((out / "run.json").read_text())["runs"][-1]["command"]  # it would restart
     assert (out / "image" / "cat.png").read_bytes() == b"not ours"
     assert (out / "notes.txt").read_text() == "not ours"
     assert len(list((out / "image").glob("gen_*.png"))) == 6
@@ -220,7 +220,7 @@ def test_a_foreign_folder_is_never_emptied(tmp_path, tiny_arguments):
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "soft_label.npy", "image/cat.jpg", "run.json"])
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])
-def test_nobodys_data_set_is_taken_for_ours(tmp_path, tiny_arguments, name, more):
+def test_a_foreign_data_set_is_refused(tmp_path, tiny_arguments, name, more):
     foreign = tmp_path / "out" / name
     foreign.parent.mkdir(parents=True)
     foreign.write_text('{"who": "else"}')
@@ -230,7 +230,7 @@ def test_nobodys_data_set_is_taken_for_ours(tmp_path, tiny_arguments, name, more
 
 
 def test_a_wrong_checkpoint_changes_nothing(whole, tmp_path, tiny_arguments):
-    """--overwrite deletes once model and checkpoint are known to fit, and a failed start leaves no folder."""
+    """--overwrite deletes files only after model and checkpoint are loaded; a failed start leaves no folder."""
     out = copy_of(whole, tmp_path)
     before = files_of(out)
     (tmp_path / "wrong").mkdir()
@@ -256,7 +256,7 @@ def test_a_second_run_is_refused(whole, run_script, tmp_path, tiny_arguments):
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_signals_keep_finished_items(start, tmp_path, tiny_arguments, number, status):
+def test_signals_leave_finished_items(start, tmp_path, tiny_arguments, number, status):
     arguments = [*tiny_arguments, "--num_inference_steps=40", "--num_aug=400", "--output_dir=out"]
     process = start(command("augmentation.py", *arguments))
     wait_for_images(tmp_path / "out", 8, process)
@@ -264,11 +264,11 @@ def test_signals_keep_finished_items(start, tmp_path, tiny_arguments, number, st
     _, errors = process.communicate(timeout=LONGEST_WAIT)
     assert process.returncode == status, errors
     last = errors.replace("\r", "\n").splitlines()[-1]
-    told = re.search(r"stopped: (\d+) of 400 items are done; the same command goes on", last)
-    assert told, errors
+    message = re.search(r"stopped: (\d+) of 400 items are done; the same command goes on", last)
+    assert message, errors
     assert "Traceback" not in errors
     images = list((tmp_path / "out" / "image").iterdir())
-    assert len(images) == int(told[1])
+    assert len(images) == int(message[1])
     for path in images:
         Image.open(path).load()
         assert (tmp_path / "out" / "mask" / path.name.replace("gen", "mask")).is_file()
@@ -286,7 +286,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
 def test_full_disk(whole, tmp_path, tiny_arguments):
-    """No file above the size of run.json can be written: masks can, pictures of 64x64 cannot."""
+    """No file can be larger than run.json, so masks can be written and pictures of 64x64 cannot."""
     limit = (whole / "run.json").stat().st_size + 200
     arguments = [*tiny_arguments, "--resolution=64", "--num_aug=20", "--output_dir=out"]
     done = subprocess.run(
@@ -306,7 +306,7 @@ def test_full_disk(whole, tmp_path, tiny_arguments):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows renames no folder in use")
-def test_a_file_system_that_goes_away(start, tmp_path, tiny_arguments):
+def test_a_file_system_that_disappears(start, tmp_path, tiny_arguments):
     arguments = [*tiny_arguments, "--num_inference_steps=20"]
     process = start(command("augmentation.py", *arguments, "--num_aug=60", "--output_dir=out"))
     wait_for_images(tmp_path / "out", 8, process)
@@ -321,7 +321,7 @@ def test_a_file_system_that_goes_away(start, tmp_path, tiny_arguments):
     assert len(list((tmp_path / "out" / "image").iterdir())) == 60
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="writes where Linux lets nobody, not even root")
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc, where not even root may write")
 def test_unwritable_folder(tmp_path, tiny_arguments):
     arguments = [*tiny_arguments, "--output_dir=/proc/nobody/out"]
     with (
@@ -341,7 +341,7 @@ def test_unwritable_folder(tmp_path, tiny_arguments):
     ids=["torch", "cuBLAS", "Triton"],
 )
 def test_out_of_memory_halves_the_batch(whole, tmp_path, tiny_arguments, monkeypatch, capsys, error):
-    """A pipeline that runs out of memory above batch 2 ends with the right data set."""
+    """A pipeline that runs out of memory above batch size 2 still completes the correct data set."""
     call = NoiseCutMixPipeline.__call__
 
     def short_of_memory(self, *arguments, **named):
@@ -395,14 +395,14 @@ def test_an_error_in_a_writer_thread_stops_the_run():
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(start, tmp_path):
+def test_ten_kills_do_not_change_the_result(start, tmp_path):
     arguments = ["--data_name=digits", "--device=cpu", "--num_inference_steps=10", "--num_aug=200", "--output_dir=out"]
     (tmp_path / "whole").mkdir()
     run_to_the_end(tmp_path / "whole", arguments[:-2], 200)
     rng = random.Random(0)
     for done in range(0, 200, 20):
         process = start(command("augmentation.py", *arguments))
-        wait_for_images(tmp_path / "out", done, process)  # so that each run gets somewhere
+        wait_for_images(tmp_path / "out", done, process)  # so that each run makes progress
         time.sleep(rng.uniform(0, 2))
         process.kill()
         process.communicate()
@@ -418,7 +418,7 @@ import numpy
 from noisecutmix.plan import Plan
 from noisecutmix.labels import LabelFiles
 
-def peak():  # of this process alone; getrusage counts the one that started it
+def peak():  # of this process only; getrusage includes the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 before = peak()

@@ -1,4 +1,4 @@
-"""How the scripts end: signals wherever they strike, output that nobody reads, letters that a terminal lacks."""
+"""How the scripts end: with signals at any moment, closed pipes, and letters that a terminal cannot encode."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from conftest import CLASS_NAMES, LONGEST_WAIT, ROOT, command, offline_environme
 ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals and pipes")
 
 # runs a script in which a library catches the exception that a signal raises, while the model is loaded
-STRUCK_WHILE_LOADING = """
+SIGNAL_WHILE_LOADING = """
 import runpy, signal, sys
 import transformers
 load, number, wraps = transformers.CLIPTextModel.from_pretrained, int(sys.argv[1]), sys.argv[2] == "wraps"
 
-def load_and_be_struck(*arguments, **named):
+def load_with_signal(*arguments, **named):
     try:
         signal.raise_signal(number)
     except KeyboardInterrupt as error:
@@ -27,7 +27,7 @@ def load_and_be_struck(*arguments, **named):
             raise RuntimeError("the weights cannot be read") from error
     return load(*arguments, **named)
 
-transformers.CLIPTextModel.from_pretrained = load_and_be_struck
+transformers.CLIPTextModel.from_pretrained = load_with_signal
 sys.argv = sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -58,7 +58,7 @@ def test_a_signal_that_a_library_catches_while_loading(
     tmp_path, tiny_arguments, way, number, status, script, last_line
 ):
     arguments = [int(number), way, ROOT / script, *tiny_arguments, "--output_dir=out"]
-    done = run_python(STRUCK_WHILE_LOADING, *arguments, folder=tmp_path)
+    done = run_python(SIGNAL_WHILE_LOADING, *arguments, folder=tmp_path)
     assert done.returncode == status, done.stderr
     assert done.stderr.replace("\r", "\n").splitlines()[-1] == last_line
     assert "Traceback" not in done.stderr and "--model" not in done.stderr
@@ -66,7 +66,7 @@ def test_a_signal_that_a_library_catches_while_loading(
 
 @pytest.mark.slow
 @ON_POSIX
-def test_a_second_ctrl_c_changes_nothing(start, tmp_path, tiny_arguments):
+def test_a_second_ctrl_c_has_no_effect(start, tmp_path, tiny_arguments):
     process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
     wait_for_images(tmp_path / "out", 8, process)
     while process.poll() is None:
@@ -80,7 +80,7 @@ def test_a_second_ctrl_c_changes_nothing(start, tmp_path, tiny_arguments):
 
 @ON_POSIX
 @pytest.mark.parametrize("streams", ["2>&1 |", pytest.param("2>/dev/null |", marks=pytest.mark.slow)])
-def test_a_reader_that_goes_away_is_no_failure(tmp_path, tiny_arguments, streams):
+def test_a_closed_pipe_is_no_failure(tmp_path, tiny_arguments, streams):
     arguments = " ".join(f"'{word}'" for word in command("augmentation.py", *tiny_arguments, "--output_dir=out"))
     shell = f"set -o pipefail; {{ {arguments}; echo $? > status; }} {streams} true"
     subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=offline_environment(), timeout=LONGEST_WAIT, check=False)
@@ -90,7 +90,7 @@ def test_a_reader_that_goes_away_is_no_failure(tmp_path, tiny_arguments, streams
 
 @pytest.mark.slow
 @ON_POSIX
-def test_ctrl_c_keeps_its_status_when_the_reader_dies_of_it_too(start, tmp_path, tiny_arguments):
+def test_ctrl_c_keeps_its_status_when_the_pipe_is_closed_too(start, tmp_path, tiny_arguments):
     process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
     wait_for_images(tmp_path / "out", 8, process)
     process.stdout.close()
@@ -100,8 +100,8 @@ def test_ctrl_c_keeps_its_status_when_the_reader_dies_of_it_too(start, tmp_path,
 
 
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
-def test_letters_that_the_terminal_lacks(run_script, tmp_path, tiny_arguments, encoding):
-    """--help, an error and the closing line of a finished run show something in their place."""
+def test_letters_that_the_terminal_cannot_encode(run_script, tmp_path, tiny_arguments, encoding):
+    """--help, an error and the last line of a run show an escape sequence in place of such a letter."""
     environment = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     done = run_script("generation.py", "--help", environment=environment, errors="replace")
     assert done.returncode == 0 and "--output_dir" in done.stdout
@@ -130,7 +130,7 @@ def test_letters_that_the_terminal_lacks(run_script, tmp_path, tiny_arguments, e
 @pytest.mark.slow
 @ON_POSIX
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_at_many_moments_of_a_start(start, tmp_path, tiny_arguments, number, status):
+def test_signals_at_many_moments_of_the_start(start, tmp_path, tiny_arguments, number, status):
     """From the first line of a script to its first picture."""
     whole_start = time.monotonic()
     process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
@@ -140,7 +140,7 @@ def test_signals_at_many_moments_of_a_start(start, tmp_path, tiny_arguments, num
     process.communicate()
     for moment in range(8):
         process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", f"--output_dir=out{moment}"))
-        time.sleep(0.3 + moment / 8 * whole_start)  # Python itself needs a moment before the script begins
+        time.sleep(0.3 + moment / 8 * whole_start)  # Python starts before the script does
         process.send_signal(number)
         _, errors = process.communicate(timeout=LONGEST_WAIT)
         assert process.returncode == status, errors

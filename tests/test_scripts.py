@@ -1,4 +1,4 @@
-"""Both scripts, run as subprocesses: they write what they promise."""
+"""Both scripts, run as subprocesses, write the documented files."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ def test_augmentation_of_digits_needs_no_other_flag(run_script, tmp_path):
     done = run_script("augmentation.py", "--data_name=digits", "--num_aug=12", "--output_dir=out", "--device=cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "out is complete: 12 items\n"
-    assert "image/s" in done.stderr  # the bar, and no chatter around it
+    assert "image/s" in done.stderr  # of the progress bar; no warnings are printed
     assert "Warning" not in done.stderr and "[transformers]" not in done.stderr
 
     out = tmp_path / "out"
@@ -49,7 +49,7 @@ def test_augmentation_of_digits_needs_no_other_flag(run_script, tmp_path):
     assert Image.open(out / "preview.png").size[0] > 512
 
 
-def test_generation_draws_the_pair_that_is_asked_for(run_script, tmp_path, tiny_arguments):
+def test_generation_draws_the_requested_pair(run_script, tmp_path, tiny_arguments):
     arguments = [*tiny_arguments, "--num_gen=3", "--target_class=Blue Jay", "--aug_class=0", "--output_dir=out"]
     done = run_script("generation.py", *arguments)
     assert done.returncode == 0, done.stderr
@@ -94,7 +94,7 @@ def test_compiled_pictures_are_the_same(tmp_path, tiny_arguments, capsys):
 
 
 @pytest.mark.slow
-def test_compiling_without_a_compiler_is_told_in_one_line(run_script, tmp_path, tiny_arguments):
+def test_compiling_without_a_compiler_is_reported_in_one_line(run_script, tmp_path, tiny_arguments):
     environment = {"CXX": str(tmp_path / "nowhere"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = run_script("generation.py", *tiny_arguments, "--compile", "--output_dir=out", environment=environment)
     assert done.returncode == 1

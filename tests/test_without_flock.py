@@ -1,4 +1,4 @@
-"""A file system without flock, as some Lustre and FUSE mounts are: runs work, and exclude each other."""
+"""On a file system without flock, such as some Lustre and FUSE mounts, runs work and exclude each other."""
 
 import errno
 

@@ -3,12 +3,11 @@
     uv run python ckpts/digits/train.py --output_dir=outputs/digits_checkpoint
     uv run python ckpts/digits/train.py --output_dir=outputs/digits_checkpoint --steps=30   # a quick try
 
-    uv run python ckpts/digits/train.py --output_dir=outputs/few --digits_a_class=20    # of 200 digits alone
-    uv run python ckpts/digits/train.py --write_pictures=outputs/mirrored    # mirrored digits, to fine-tune on
+    uv run python ckpts/digits/train.py --output_dir=outputs/few --digits_a_class=20    # from only 200 digits
+    uv run python ckpts/digits/train.py --write_pictures=outputs/mirrored    # mirrored digits for fine-tuning
 
-Three stages, each with its own bar: the autoencoder, the UNet with its text encoder, and, by ckpts/finetune.py, the
-rank-10 LoRA with one learned token a class. Everything is seeded: the same versions on the same machine train the same
-weights.
+The three stages train the autoencoder, then the UNet and its text encoder, then, by ckpts/finetune.py, the rank-10 LoRA
+and one token per class. Everything is seeded: the same versions on the same machine train the same weights.
 """
 
 import argparse
@@ -39,9 +38,9 @@ SHIFTS = (-2, 0, 2)  # pixels of the 32x32 picture
 
 
 def load_split():
-    """Return (train_images, train_labels, test_images, test_labels): 8x8 digits, values 0 to 16; a fifth is the test.
+    """Return (train_images, train_labels, test_images, test_labels): 8x8 digits, values 0 to 16; 20 % are for the test.
 
-    Generator, classifiers and tests all split here, so that no one trains on a test digit.
+    The generator, the classifiers and the tests all use this split, so that nothing is trained on a test digit.
     """
     digits = load_digits()
     split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
@@ -56,17 +55,17 @@ def enlarge(images):
 
 
 def choose_digits(labels, digits_a_class, subset=0):
-    """Return the indices of so many digits of each class; different subsets share none. Raises ValueError."""
+    """Return the indices of `digits_a_class` digits of each class; subsets do not overlap. Raises ValueError."""
     first, last = subset * digits_a_class, (subset + 1) * digits_a_class
     by_class = [np.flatnonzero(labels == label) for label in range(len(CLASS_NAMES))]
     smallest = min(map(len, by_class))
     if not 0 <= first < last <= smallest:
-        raise ValueError(f"no subset {subset} of {digits_a_class} digits a class: there are {smallest} of a class")
+        raise ValueError(f"no subset {subset} of {digits_a_class} digits per class; one class has only {smallest}")
     return np.concatenate([indices[first:last] for indices in by_class])
 
 
 def shift_all(pictures, labels):
-    """Return each (32, 32) picture moved in nine ways, black comes in, and their labels."""
+    """Return each (32, 32) picture shifted in nine ways, with black at the border, and the labels."""
     margin = max(SHIFTS)
     padded = np.pad(pictures, ((0, 0), (margin, margin), (margin, margin)))
     corners = [(margin + down, margin + right) for down in SHIFTS for right in SHIFTS]
@@ -75,7 +74,7 @@ def shift_all(pictures, labels):
 
 
 def write_tokenizer(folder):
-    """Write a byte-level CLIP tokenizer without merges: one token a character, in the files every version reads."""
+    """Write a byte-level CLIP tokenizer without merges: one token per character, in files that every version reads."""
     folder.mkdir(parents=True, exist_ok=True)
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
@@ -132,7 +131,7 @@ def build_scheduler():
         skip_prk_steps=True,
         set_alpha_to_one=False,
         steps_offset=1,
-        timestep_spacing="linspace",  # what DPM-Solver++ takes for Stable Diffusion 1.5, whose file leaves it open
+        timestep_spacing="linspace",  # DPM-Solver++'s default, which Stable Diffusion 1.5's file does not set
     )
 
 
@@ -141,7 +140,7 @@ def tokenize(tokenizer, prompts):
 
 
 def optimize(parameters, loss_of_batch, steps, learning_rate, description, after_step=None):
-    """Minimise with Adam, a short warm-up and a cosine decay to zero."""
+    """Minimise the loss with Adam; the learning rate has a short warm-up and a cosine decay to zero."""
     parameters = list(parameters)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     warmup = max(1, steps // 20)
@@ -200,7 +199,7 @@ def diffusion_loss(unet, text_encoder, scheduler, latents, input_ids, empty_ids,
 
 
 def train_base(latents, labels, tokenizer, scheduler, steps, rng):
-    """Train UNet and text encoder on captions with the classes' names; return their moving averages."""
+    """Train UNet and text encoder on captions with the class names; return moving averages of both."""
     models = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
     averaged = copy.deepcopy(models).requires_grad_(False)
     input_ids = tokenize(tokenizer, [f"a photo of a {name} digit" for name in CLASS_NAMES])
@@ -220,7 +219,7 @@ def train_base(latents, labels, tokenizer, scheduler, steps, rng):
 
 
 def save_base(folder, pipe):
-    """Save in the diffusers layout, with the file names and keys that transformers 4 reads as well as 5."""
+    """Save in the diffusers layout, with file names and keys that transformers 4 and 5 can both read."""
     pipe.save_pretrained(folder)
     (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
     write_tokenizer(folder / "tokenizer")
@@ -230,7 +229,7 @@ def save_base(folder, pipe):
 
 
 def write_pictures(folder, pictures, labels):
-    """Write 32x32 pictures as a user has them: PNG files in a folder a class."""
+    """Write 32x32 pictures in the layout of a user's data: PNG files, one folder per class."""
     for number, (picture, label) in enumerate(zip(pictures, labels)):
         class_folder = folder / CLASS_NAMES[label]
         class_folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +237,7 @@ def write_pictures(folder, pictures, labels):
 
 
 def finetune(base, pictures, output_dir, steps, seed):
-    """Fine-tune as a user does."""
+    """Run ckpts/finetune.py as a user does."""
     arguments = {
         "model": base,
         "data_dir": pictures,
@@ -263,9 +262,9 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/digits_checkpoint"))
     parser.add_argument("--steps", type=int, default=3000, help="UNet steps; the other stages scale with them")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--digits_a_class", type=int, metavar="N", help="train on so few, each also shifted")
-    parser.add_argument("--subset", type=int, default=0, metavar="K", help="which of the subsets of so few digits")
-    parser.add_argument("--write_pictures", type=Path, metavar="DIR", help="write mirrored digits there, and stop")
+    parser.add_argument("--digits_a_class", type=int, metavar="N", help="train on N digits per class, also shifted")
+    parser.add_argument("--subset", type=int, default=0, metavar="K", help="number of the subset of these digits")
+    parser.add_argument("--write_pictures", type=Path, metavar="DIR", help="write mirrored digits there and exit")
     args = parser.parse_args()
 
     images, labels, _, _ = load_split()
