@@ -1,4 +1,4 @@
-"""The data sets one can draw: their classes in label order, and where model and checkpoint come from."""
+"""The data sets: their classes in label order, model and checkpoint; class names and prompts."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,7 @@ STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "ckpts"
 CLASS_NAMES = Path(__file__).resolve().parent / "class_names"
 LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"  # of a checkpoint
-CLASSES_FILE, FINETUNE_FILE = "classes.json", "finetune.json"  # which ckpts/finetune.py writes beside a checkpoint
+CLASSES_FILE, FINETUNE_FILE = "classes.json", "finetune.json"  # written by ckpts/finetune.py, beside a checkpoint
 EXPECTED = 'expected {"classes": ["…", …], "meta_class": "…"}'
 
 
@@ -28,8 +28,8 @@ EXPECTED = 'expected {"classes": ["…", …], "meta_class": "…"}'
 class Classes:
     """Classes in label order, and the defaults for drawing them.
 
-    `model` is a hub id or a local diffusers folder; `ckpt_path` a Diff-Mix checkpoint's folder, None where there is no
-    default; `resolution` the side of a picture in pixels.
+    `model` is a hub id or a local diffusers folder, `ckpt_path` the folder of a Diff-Mix checkpoint or None, and
+    `resolution` the side of a picture in pixels.
     """
 
     names: tuple[str, ...]
@@ -40,10 +40,10 @@ class Classes:
 
 
 def load_classes(data_name: str) -> Classes:
-    """Return the data set called cub, flower, aircraft or digits, or the user's own.
+    """Return one of the data sets cub, flower, aircraft and digits, or the user's own.
 
     The user's own is a JSON file, `{"classes": ["…", …], "meta_class": "…"}`, with at least two class names in label
-    order, as the checkpoint keys them; or a folder that ckpts/finetune.py wrote, whose classes.json is such a file. The
+    order, named as in the checkpoint; or a folder that ckpts/finetune.py wrote, whose classes.json is such a file. The
     folder also determines the base model, the resolution and the checkpoint.
 
     Raises:
@@ -95,10 +95,10 @@ def _read_classes(path: Path) -> Classes:
     repeated = find_repeated(names)
     if repeated:
         raise InputError(
-            f"`data_name`: \"classes\" in {path} names {repeated!r} twice; case, spaces, '/' and '_' do not count"
+            f"`data_name`: \"classes\" in {path} names {repeated!r} twice; case, spaces, '/' and '_' are ignored"
         )
     if not _is_text(meta_class):
-        raise InputError(f'`data_name`: "meta_class" is missing in {path} or no text; {EXPECTED}')
+        raise InputError(f'`data_name`: "meta_class" is missing in {path} or is not text; {EXPECTED}')
     return Classes(tuple(names), meta_class)
 
 
@@ -115,31 +115,31 @@ def _read_object(path: Path, expected: str) -> dict[str, Any]:
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    """Return whether a JSON value is a string that is not empty and can be written to a file."""
+    """Return whether a JSON value is a string that is not blank and can be encoded."""
     return isinstance(value, str) and bool(value.strip()) and not has_lone_surrogate(value)
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """Return whether a string cannot be encoded: Python reads bytes that are not valid text as lone surrogates."""
+    """Return whether a string cannot be encoded: Python decodes invalid bytes as lone surrogates."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def normalise(name: str) -> str:
-    """Return a class name with each run of spaces, '/' and '_' as one space, and none at the ends."""
+    """Return a class name with one space for each sequence of spaces, '/' and '_', and none at the ends."""
     return re.sub(r"[\s/_]+", " ", name).strip()
 
 
 def comparison_key(name: str) -> str:
-    """Return what two class names have in common if they count as the same name.
+    """Return a key that is equal for two class names that count as the same.
 
-    Case does not count, nor what `normalise` removes, nor how Unicode composes a letter (the Unicode Standard, section
-    3.13, definition D145: canonical caseless match).
+    They may differ in case, in what `normalise` changes, and in the Unicode composition of a letter (the Unicode
+    Standard, section 3.13, definition D145: canonical caseless match).
     """
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", normalise(name)).casefold())
 
 
 def find_repeated(names: Iterable[str]) -> str | None:
-    """Return the first name that counts as the same as an earlier one, None if there is none."""
+    """Return the first name that counts as the same as an earlier one, or None."""
     seen = set()
     for name in names:
         key = comparison_key(name)
@@ -153,9 +153,9 @@ def check_prompt(template: str) -> None:
     """Check that a prompt is a template with {name} and perhaps {meta_class}.
 
     Raises:
-        InputError: another field, none, a format after a name, or braces that do not close.
+        InputError: {name} is missing, there is another field, a field has a format, or a brace is not closed.
     """
-    wanted = "`prompt`: has to be a template with {name}, and {meta_class} if you like"
+    wanted = "`prompt`: has to be a template with {name} and, optionally, {meta_class}"
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -170,24 +170,8 @@ def check_prompt(template: str) -> None:
         raise InputError(f"{wanted}, without a format after the name")
 
 
-def vae_scale_factor(model: str) -> int:
-    """Return how many pixels a side of a latent stands for: read from a local model folder, 8 for a hub id.
-
-    Raises:
-        InputError: the folder holds no readable vae/config.json.
-    """
-    if not Path(model).is_dir():
-        return 8
-    config = Path(model) / "vae" / "config.json"
-    try:
-        channels = json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]
-        return 1 << (len(channels) - 1)  # each block but the last halves the sides; ValueError where there is none
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"`model`: {config} cannot be read; {model} is no diffusers model folder") from error
-
-
 def find_placeholders(class_names: Iterable[str], name2placeholder: dict[str, str]) -> list[str]:
-    """Return the token of each class, matching names by `comparison_key`.
+    """Return the token of each class; names are compared by `comparison_key`.
 
     Raises:
         InputError: the checkpoint has no token for a class.

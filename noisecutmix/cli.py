@@ -1,4 +1,4 @@
-"""The two scripts' flags, and the checks that need no torch."""
+"""The flags of the two scripts, and all checks of them that need no torch."""
 
 import argparse
 import difflib
@@ -10,24 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .classes import (
-    DEFAULT_PROMPT,
-    EMBEDDINGS_FILE,
-    LORA_FILE,
-    META_CLASSES,
-    check_prompt,
-    comparison_key,
-    has_lone_surrogate,
-    load_classes,
-    vae_scale_factor,
-)
+from .classes import DEFAULT_PROMPT, META_CLASSES, check_prompt, comparison_key, has_lone_surrogate, load_classes
 from .errors import InputError
 from .files import check_writable
 from .ranges import RANGES, Range
+from .sources import find_checkpoint_files, read_vae_factor
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line, without the usage. Raises InputError."""
+    """Raises an InputError of one line for a wrong argument, in place of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): ", r"\1: ", message)
@@ -53,27 +44,28 @@ def parse_augmentation(arguments: list[str] | None = None) -> argparse.Namespace
 def create_generation_parser() -> argparse.ArgumentParser:
     parser, output = _create_parser("Draw a few NoiseCutMix pictures: gen_0000.png … and preview.png.")
     _add_number(output, "num_gen", 8, "N", "pictures to draw")
-    output.add_argument("--target_class", metavar="CLASS", help="class inside the boxes, name or number (default: any)")
-    output.add_argument("--aug_class", metavar="CLASS", help="class outside the boxes, name or number (default: any)")
+    by_name = "the boxes, as a name or number (default: random)"
+    output.add_argument("--target_class", metavar="CLASS", help=f"class inside {by_name}")
+    output.add_argument("--aug_class", metavar="CLASS", help=f"class outside {by_name}")
     _add_shared_arguments(parser)
     return parser
 
 
 def create_augmentation_parser() -> argparse.ArgumentParser:
     parser, output = _create_parser(
-        "Build a data set: image/, mask/, metadata.jsonl and soft_label.npy. The same command goes on after a stop."
+        "Build a data set: image/, mask/, metadata.jsonl and soft_label.npy. After a stop, the same command continues."
     )
     _add_number(output, "num_aug", 10, "N", "pictures in the data set")
-    overwrite = "delete what an earlier run wrote there and start anew"
+    overwrite = "delete the files of an earlier run there and start again"
     output.add_argument("--overwrite", action="store_true", help=overwrite)
-    verify = "compare every pixel and label that is there, which takes long"
+    verify = "check every pixel and label of an earlier run, which takes long"
     output.add_argument("--verify", action="store_true", help=verify)
     _add_shared_arguments(parser)
     return parser
 
 
 def as_number(valid: Range) -> Callable[[str], Any]:
-    """Return the argparse type of the numbers in a range."""
+    """Return a function that converts an argument to a number in the range, as a `type` for argparse."""
 
     def read(text: str) -> Any:
         try:
@@ -86,12 +78,12 @@ def as_number(valid: Range) -> Callable[[str], Any]:
 
 def as_text(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("is empty; leave the flag out for its default")
+        raise argparse.ArgumentTypeError("is empty; omit the flag for its default")
     return text
 
 
 def as_path(text: str) -> Path:
-    path = os.path.expanduser(as_text(text))  # a shell leaves the ~ of --output_dir=~/x to the program
+    path = os.path.expanduser(as_text(text))  # shells do not expand the ~ of --output_dir=~/x
     if path.startswith("~"):
         raise argparse.ArgumentTypeError(f"no home folder is known for {text}; write ./{text} if ~ is part of the name")
     return Path(path)
@@ -115,13 +107,8 @@ def _create_parser(description: str) -> tuple[Parser, Any]:
     formatter = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
     parser = Parser(description=description, formatter_class=formatter, allow_abbrev=False)
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output_dir",
-        type=as_path,
-        default="outputs",
-        metavar="DIR",
-        help="folder to write into (default: %(default)s)",
-    )
+    folder = "folder to write into (default: %(default)s)"
+    output.add_argument("--output_dir", type=as_path, default="outputs", metavar="DIR", help=folder)
     return parser, output
 
 
@@ -137,27 +124,27 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=prompt_help)
 
     method = parser.add_argument_group("method")
-    _add_number(method, "alpha", 1.0, "A", "of CutMix's Beta(alpha, alpha)")
-    _add_number(method, "guidance_scale", 7.5, "W", "at most 1 turns guidance off")
+    _add_number(method, "alpha", 1.0, "A", "parameter of CutMix's Beta(alpha, alpha)")
+    _add_number(method, "guidance_scale", 7.5, "W", "classifier-free guidance; a value up to 1 turns it off")
     method.add_argument(
         "--guidance_interval",
         type=as_number(RANGES["guidance_interval"]),
         nargs=2,
         default=(0.0, 1.0),
         metavar=("LO", "HI"),
-        help="approximation: guide only in these fractions of the steps (default: 0 1)",
+        help="approximation: apply guidance only in this part of the steps (default: 0 1)",
     )
     _add_number(method, "num_inference_steps", 25, "N", "denoising steps")
-    _add_number(method, "seed", 0, "S", "decides classes, boxes and noise")
+    _add_number(method, "seed", 0, "S", "determines classes, boxes and noise")
     _add_number(method, "resolution", None, "PIXELS", "side of a picture (default: 512, digits 32)")
 
     machine = parser.add_argument_group("machine")
-    devices = "cuda, cuda:N, mps or cpu (default: the first there is)"
+    devices = "cuda, cuda:N, mps or cpu (default: the first available)"
     machine.add_argument("--device", type=as_device, metavar="DEVICE", help=devices)
     dtypes = ("float16", "bfloat16", "float32")
-    machine.add_argument("--dtype", choices=dtypes, help="of the weights (default: float16 on cuda, else float32)")
-    _add_number(machine, "batch_size", 8, "N", "pictures drawn at once")
-    machine.add_argument("--compile", action="store_true", help="compile the model first: pays off in long runs")
+    machine.add_argument("--dtype", choices=dtypes, help="type of the weights (default: float16 on cuda, else float32)")
+    _add_number(machine, "batch_size", 8, "N", "pictures in a batch")
+    machine.add_argument("--compile", action="store_true", help="compile the model first; worthwhile in long runs")
 
 
 def _add_number(group: Any, name: str, default: float | None, metavar: str, meaning: str) -> None:
@@ -166,7 +153,7 @@ def _add_number(group: Any, name: str, default: float | None, metavar: str, mean
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """Parse, fill in the data set's defaults, and check what can be checked without torch."""
+    """Return checked options, with the data set's defaults filled in. Raises InputError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     check_text(arguments)
     options = parser.parse_args(arguments)
@@ -176,7 +163,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argp
     options.ckpt_path = options.ckpt_path or classes.ckpt_path
     if options.ckpt_path is None:
         raise InputError("--ckpt_path: needed with a data set of your own: the folder that Diff-Mix wrote")
-    _check_checkpoint(options.ckpt_path)
+    find_checkpoint_files(options.ckpt_path)
     check_model(options.model, options.resolution)
     check_prompt(options.prompt)
     low, high = options.guidance_interval
@@ -187,10 +174,10 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argp
 
 
 def check_model(model: str, resolution: int) -> None:
-    """Check that a model may be there, and takes the resolution. Raises InputError."""
+    """Check that a model is a folder or may be a hub id, and accepts the resolution. Raises InputError."""
     if not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@\w[\w./-]*)?", model):
         raise InputError(f"--model: {model} is no folder, and no id on the hub; give one or the other")
-    factor = vae_scale_factor(model)
+    factor = read_vae_factor(model)
     if resolution % factor:
         raise InputError(f"--resolution: has to be a multiple of {factor}, not {resolution}")
 
@@ -203,18 +190,6 @@ def check_text(arguments: list[str]) -> None:
             flag = argument.partition("=")[0]
         if has_lone_surrogate(argument):
             raise InputError(f"{ascii(flag)[1:-1]}: {argument!a} is not valid text; rename or retype it in UTF-8")
-
-
-def _check_checkpoint(path: Path) -> None:
-    hint = "download or train a Diff-Mix checkpoint (README) or give its folder with --ckpt_path"
-    if not path.exists():
-        raise InputError(f"--ckpt_path: {path} does not exist; {hint}")
-    if not path.is_dir():
-        raise InputError(f"--ckpt_path: {path} is a file; give the folder that holds it")
-    if not (path / LORA_FILE).is_file() and not (path / LORA_FILE).with_suffix(".bin").is_file():
-        raise InputError(f"--ckpt_path: {path} has no {LORA_FILE}; {hint}")
-    if not (path / EMBEDDINGS_FILE).is_file():
-        raise InputError(f"--ckpt_path: {path} has no {EMBEDDINGS_FILE}; {hint}")
 
 
 def _find_class(flag: str, wanted: str | None, names: tuple[str, ...]) -> int | None:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, written while the device draws."""
+"""Files that are either whole or absent, written while the device draws; PNG files; the lock of a folder."""
 
 import contextlib
 import io
@@ -7,7 +7,6 @@ import struct
 import tempfile
 import uuid
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,24 +14,24 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngInfo, putchunk
 
 from .errors import InputError
 
-LOCK_TIMEOUT = 1  # seconds; where a file system has no flock, the lock of a killed run is recognised on a second look
+LOCK_TIMEOUT = 1  # seconds; without flock in the file system, the lock of a killed run is removed at the second try
 PNG_COLOR_TYPES = {"L": 0, "RGB": 2}
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
-    """Open a file that is either whole or not there: a temporary name in the same folder, flushed, renamed.
+    """Open a new file that replaces `path` only once it is whole: written under a temporary name, synced, renamed.
 
     Args:
         path: the file.
-        check: called when all but the renaming is done; what it raises leaves the file as it was.
+        check: called just before the file is renamed; if it raises, `path` stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # no two processes share one
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # unique to this process
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -42,19 +41,19 @@ def atomic_file(path: Path, check: Callable[[], None] = lambda: None) -> Iterato
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename = str(path)  # a full disk is reported without a name
+            error.filename = str(path)  # the error of a full disk names no file
         raise
 
 
 def write_png(path: Path, image: Image.Image, comment: str = "", check: Callable[[], None] = lambda: None) -> None:
-    """Write a PNG atomically, at zlib level 1: lossless, two to three times cheaper than Pillow's default.
+    """Write a PNG atomically, at zlib level 1: two to three times faster than Pillow's default.
 
     Args:
         path: the file.
         image: the picture.
-        comment: an ASCII text in the file, beside the picture.
+        comment: an ASCII text that the file holds, too.
         check: see `atomic_file`.
     """
     chunks = PngInfo()
@@ -67,27 +66,26 @@ def write_png(path: Path, image: Image.Image, comment: str = "", check: Callable
 
 
 def first_bytes_of_png(side: int, mode: str, comment: str = "") -> bytes:
-    """Return how a file of `write_png` starts: signature, header, comment (PNG specification, section 11)."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, PNG_COLOR_TYPES[mode], 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + (chunk(b"tEXt", b"Comment\0" + comment.encode()) if comment else b"")
+    """Return the first bytes of a file of `write_png`: signature, header, comment (PNG specification, section 11)."""
+    start = io.BytesIO()
+    start.write(b"\x89PNG\r\n\x1a\n")
+    putchunk(start, b"IHDR", struct.pack(">IIBBBBB", side, side, 8, PNG_COLOR_TYPES[mode], 0, 0, 0))
+    if comment:
+        putchunk(start, b"tEXt", b"Comment\0" + comment.encode())
+    return start.getvalue()
 
 
 def has_ends_of_png(file: Path, first_bytes: bytes) -> bool:
-    """Return whether a file starts with these bytes and ends as a PNG does: it was written to its end, that is.
+    """Return whether a file starts with these bytes and ends as a PNG does, that is, was written completely.
 
     Raises:
         OSError: it cannot be read, or is not there.
     """
     with open(file, "rb", buffering=0) as content:
-        is_begun = content.read(len(first_bytes)) == first_bytes
-        if not is_begun or os.fstat(content.fileno()).st_size < len(first_bytes) + len(PNG_END):
+        if content.read(len(first_bytes)) != first_bytes:
             return False
         content.seek(-len(PNG_END), os.SEEK_END)
-        return content.read(len(PNG_END)) == PNG_END
+        return content.read() == PNG_END
 
 
 def decode_png(file: Path) -> Image.Image | None:
@@ -98,7 +96,7 @@ def decode_png(file: Path) -> Image.Image | None:
     """
     content = file.read_bytes()
     try:
-        Image.open(io.BytesIO(content), formats=["PNG"]).verify()  # every chunk's checksum, to the last
+        Image.open(io.BytesIO(content), formats=["PNG"]).verify()  # the checksum of every chunk
         image = Image.open(io.BytesIO(content), formats=["PNG"])
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
@@ -109,16 +107,16 @@ def decode_png(file: Path) -> Image.Image | None:
 class BackgroundWriter:
     """Threads that write one batch while the device draws the next.
 
-    Leaving the context waits until all is written, and raises what went wrong in a thread.
+    `submit` and leaving the context raise the error of a thread. Leaving waits until everything is written.
     """
 
-    def __init__(self, write: Callable[..., None], threads: int = 8):
+    def __init__(self, write: Callable[..., None]):
         self._write = write
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = ThreadPoolExecutor(8)
         self._pending: Iterator[None] = iter(())
 
     def submit(self, *columns: Sequence[Any]) -> None:
-        """Start to write a batch, column by column as for `map`, once the batch before is written."""
+        """Wait until the previous batch is written, then start to write this one; columns as `map` takes them."""
         list(self._pending)
         self._pending = self._pool.map(self._write, *columns)
 
@@ -126,13 +124,13 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(wait=True)
+        self._pool.shutdown()
         if kind is None:
             list(self._pending)
 
 
 def check_writable(folder: Path) -> None:
-    """Check that files can be written into a folder, or that the folder can be made; change nothing.
+    """Check that a folder can be written, or created if it does not exist; change nothing.
 
     Raises:
         InputError: it cannot. The message names `output_dir`.
@@ -141,19 +139,19 @@ def check_writable(folder: Path) -> None:
         try:
             if os.path.lexists(place) and not place.is_dir():
                 raise InputError(f"`output_dir`: {place} is a file; choose a folder")
-            tempfile.TemporaryDirectory(dir=place).cleanup()  # os.access says yes to root, and on Windows
+            tempfile.TemporaryDirectory(dir=place).cleanup()  # os.access is wrong for root, and on Windows
             return
-        except (FileNotFoundError, NotADirectoryError):  # the folder is not there yet: its parent decides
+        except (FileNotFoundError, NotADirectoryError):  # the folder does not exist yet: try its parent
             continue
         except OSError as error:
             raise InputError(
-                f"`output_dir`: {place} cannot be written: {error.strerror}; mend that or choose another"
+                f"`output_dir`: {place} cannot be written: {error.strerror}; allow writing or choose another folder"
             ) from error
 
 
 @contextlib.contextmanager
 def hold_folder(root: Path) -> Iterator[None]:
-    """Lock a folder, which is made where it is not there; a new one goes again if nothing is written into it.
+    """Lock a folder while the context lasts. A folder created here is removed in the end if nothing was written.
 
     Raises:
         InputError: another run holds the folder, or it cannot be written. The message names `output_dir`.
@@ -163,10 +161,10 @@ def hold_folder(root: Path) -> Iterator[None]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a file system without flock, where the file itself is the lock
+            warnings.simplefilter("ignore")  # filelock warns if the file system has no flock
             lock.acquire()
     except Timeout as error:
-        raise InputError(f"`output_dir`: another run is writing into {root}; wait or choose another") from error
+        raise InputError(f"`output_dir`: another run is writing into {root}; wait or choose another folder") from error
     except OSError as error:
         raise InputError(f"`output_dir`: {root} cannot be written: {error.strerror}") from error
     try:
@@ -174,8 +172,9 @@ def hold_folder(root: Path) -> Iterator[None]:
     finally:
         is_unused = bool(new_folders) and [file.name for file in root.glob("*")] == [".lock"]
         if is_unused and os.name != "nt":
-            (root / ".lock").unlink()  # while it is held: after the release it may be another run's
+            (root / ".lock").unlink()  # before the release: after it, the file may be another run's
         lock.release()
-        with contextlib.suppress(OSError):  # another run is there already
-            for folder in new_folders if is_unused else ():
-                folder.rmdir()
+        if is_unused:
+            with contextlib.suppress(OSError):  # another run uses the folder already
+                for folder in new_folders:
+                    folder.rmdir()

@@ -1,4 +1,4 @@
-"""The folder of generation.py: gen_0000.png … and preview.png of one run."""
+"""The output folder of generation.py: gen_0000.png … and preview.png of one run."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ class PictureFolder:
 
     Args:
         root: the folder.
-        num_pictures: how many there will be.
+        num_pictures: the number of pictures of this run.
 
     Raises:
-        InputError: the folder holds a data set, whose preview must stay.
+        InputError: the folder holds a data set, whose preview must not be replaced.
     """
 
     def __init__(self, root: Path, num_pictures: int):
@@ -29,7 +29,7 @@ class PictureFolder:
             raise InputError(f"`output_dir`: {root} holds a data set; choose another folder")
 
     def begin(self) -> None:
-        """Make the folder, or delete the pictures that an earlier run of generation.py wrote into it."""
+        """Create the folder, and delete the pictures that an earlier run of generation.py wrote there."""
         self.root.mkdir(parents=True, exist_ok=True)
         for file in (*self.root.glob("gen_*.png"), *self.root.glob("preview.png")):
             if _is_ours(file):

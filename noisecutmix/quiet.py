@@ -1,4 +1,4 @@
-"""The libraries' warnings and bars, silent for as long as they tell nothing that the caller can use."""
+"""Silence the libraries' warnings and progress bars where they do not help the user."""
 
 import contextlib
 import logging
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence diffusers, transformers, peft and torch; afterwards every setting is as it was before."""
+    """Silence diffusers, transformers, peft and torch while the context lasts, then restore every setting."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    hub_shows_bars = not are_progress_bars_disabled()  # transformers switches the hub's bars with its own
+    hub_shows_bars = not are_progress_bars_disabled()  # transformers switches them, too
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

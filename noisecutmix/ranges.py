@@ -1,4 +1,4 @@
-"""Which numbers are valid, for the flags and for the Python names alike. Imports no numpy."""
+"""The valid ranges of numbers, for the flags and in Python. Imports no numpy."""
 
 import contextlib
 import math
@@ -18,15 +18,15 @@ class Range:
     highest: float = math.inf
 
     def __str__(self) -> str:
-        kind, lowest, highest = "a whole number", str(self.lowest), str(self.highest)
-        if self.kind is float:
-            kind, lowest, highest = "a number", f"{self.lowest:g}", f"{self.highest:g}"
-        return f"{kind} from {lowest} to {highest}" if math.isfinite(self.highest) else f"{kind} of at least {lowest}"
+        kind, form = ("a whole number", "") if self.kind is int else ("a number", "g")
+        if math.isinf(self.highest):
+            return f"{kind} of at least {self.lowest:{form}}"
+        return f"{kind} from {self.lowest:{form}} to {self.highest:{form}}"
 
     def check(self, name: str, value: Any) -> Any:
-        """Return `value` as a Python int or float.
+        """Return `value` as an int or a float of Python.
 
-        Numbers of Python and of numpy are accepted. A bool is refused, and so are strings, arrays and tensors.
+        Numbers of Python and numpy are accepted; a bool, a string, an array or a tensor is not.
 
         Raises:
             InputError: `value` is of another kind or outside the range. The message names the parameter `name`.
@@ -35,7 +35,7 @@ class Range:
             return value
         number: Any = numbers.Integral if self.kind is int else numbers.Real
         if isinstance(value, number) and not isinstance(value, bool):
-            with contextlib.suppress(OverflowError):  # a whole number that no float can hold
+            with contextlib.suppress(OverflowError):  # an integer that is too large for a float
                 converted = self.kind(value)
                 if self.lowest <= converted <= self.highest:
                     return converted
@@ -43,12 +43,12 @@ class Range:
 
 
 def is_whole_number(value: object) -> TypeGuard[int]:
-    """Return whether `value` is an integer of Python or numpy; a bool is none."""
+    """Return whether `value` is an integer of Python or numpy, and not a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 RANGES = {
-    # Outside this range the box no longer changes with alpha: it covers all, nothing, or half of the picture.
+    # outside this range, boxes do not change with alpha: each covers all, nothing, or half of the picture
     "alpha": Range(float, 1e-6, 1e6),
     "batch_size": Range(int, 1, 4096),
     "guidance_interval": Range(float, 0, 1),

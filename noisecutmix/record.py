@@ -1,4 +1,4 @@
-"""What run.json records of a data set's runs, and how two records are compared."""
+"""run.json: the record of a data set's options and runs, and the comparison of two records."""
 
 import argparse
 import hashlib
@@ -17,15 +17,14 @@ from .files import atomic_file
 from .sources import find_checkpoint_files, find_model
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow")
-
 SAMPLED_BYTES = 2**20
-LONGEST_SHOWN = 120
+LONGEST_SHOWN = 120  # characters
 
 
 def fingerprint_files(root: Path, files: Iterable[Path]) -> str:
-    """Return a SHA-256 of the files' names below `root`, sizes, and each one's first and last MiB.
+    """Return a SHA-256 of the files' names below `root`, their sizes, and the first and last MiB of each.
 
-    A fine-tuned model differs there, and gigabytes need not be read.
+    Two fine-tuned models differ there, so gigabytes need not be read.
 
     Raises:
         InputError: a file cannot be read.
@@ -45,13 +44,13 @@ def fingerprint_files(root: Path, files: Iterable[Path]) -> str:
 
 
 def fingerprint_model(model: str, prefers_half: bool) -> str:
-    """Return the fingerprint of the files that are loaded of a model (see `find_model`)."""
+    """Return the fingerprint of the files of a model that `find_model` selects."""
     folder, _, files = find_model(model, prefers_half)
     return fingerprint_files(folder, files)
 
 
 def fingerprint_checkpoint(ckpt_path: Path) -> str:
-    """Return the fingerprint of the files that are loaded of a checkpoint."""
+    """Return the fingerprint of the files of a checkpoint."""
     return fingerprint_files(ckpt_path, (file for file in find_checkpoint_files(ckpt_path) if file.exists()))
 
 
@@ -61,10 +60,10 @@ class Record:
 
     Args:
         num_aug: the number of items that the folder is planned for.
-        options: all that shapes the data, as JSON values; every run in a folder has the same.
-        runs: what else is worth knowing of each run: its command, machine and versions.
-        is_cleared: False while the items of an overwritten data set may still lie in the folder.
-        identity: of the latest run. No other run's process may write into the folder.
+        options: all options that the data depend on, as JSON values; the same for every run in a folder.
+        runs: for each run the other options, the command, the machine and the versions.
+        is_cleared: False while the folder may still hold items of an overwritten data set.
+        identity: of the latest run, which is the only one that may write into the folder.
     """
 
     num_aug: int
@@ -75,24 +74,23 @@ class Record:
 
     @classmethod
     def read(cls, file: Path) -> "Record | None":
-        """Return what a file records, None where there is no file.
+        """Return the record in a file, None if there is no file.
 
         Raises:
-            InputError: the file cannot be read, or is not one of this program's.
+            InputError: the file cannot be read, or this program has not written it.
         """
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             num_aug, options, runs = content["num_aug"], content["options"], content["runs"]
-            if not (type(num_aug) is int and num_aug > 0 and isinstance(options, dict) and isinstance(runs, list)):
-                raise ValueError
-            if not runs or not all(isinstance(word, str) for run in runs for word in run["command"]):
+            are_valid = type(num_aug) is int and num_aug > 0 and isinstance(options, dict) and isinstance(runs, list)
+            if not (are_valid and runs and all(isinstance(word, str) for run in runs for word in run["command"])):
                 raise ValueError
             return cls(num_aug, options, runs, content.get("is_cleared", True), content.get("identity", ""))
         except FileNotFoundError:
             return None
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror}; make it readable") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"`output_dir`: {file} is not from this program; choose another folder") from error
 
     def write(self, file: Path) -> None:
@@ -101,7 +99,7 @@ class Record:
 
 
 def describe_shape(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Return all options that shape the data, as JSON values: a run may go on only where they are the same."""
+    """Return all options that the data depend on, as JSON values. A run is continued only if all are the same."""
     dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
     return {
         "seed": options.seed,
@@ -120,18 +118,22 @@ def describe_shape(options: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def check_same_as_main(own: dict[str, Any], main: dict[str, Any]) -> None:
-    """Refuse to draw other pictures than the main process of the launch, on a machine with other files, say.
+    """Check that this process draws the same data set as the main process: its machine may have other files.
+
+    Args:
+        own: all options that the data depend on, in this process; some may be missing.
+        main: the same in the main process.
 
     Raises:
         InputError: an option differs.
     """
     differences = describe_differences({name: main.get(name) for name in own}, own)
     if differences:
-        raise InputError(f"the main process has another {differences}; give all the same command and files")
+        raise InputError(f"the main process has another {differences}; use the same command and files in all processes")
 
 
 def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Return what is worth knowing of a run beside what shapes the data; `command` goes on with it."""
+    """Return the record of a run beside the options that the data depend on; its `command` continues the run."""
     return {
         "command": ["python", *(argument for argument in sys.argv if argument != "--overwrite")],
         "data_name": options.data_name,
@@ -145,7 +147,7 @@ def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return the options that differ, as "alpha (1.0 there, 0.5 now), seed (…)"; values only where they are short."""
+    """Return the options that differ, such as "alpha (1.0 there, 0.5 now), seed (…)"; long values are left out."""
     differences = []
     for name in {**now, **there}:
         if there.get(name) != now.get(name):

@@ -1,4 +1,4 @@
-"""How a script ends: its exit status, its one-line messages, its signals. Imports no torch."""
+"""How a script ends: exit status, one-line messages, signals. Imports no torch."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from .errors import InputError, PeerStoppedError, RunError
 from .launch import read_number, say
 
-LONGEST_ENDING = 10  # seconds; a later signal ends a process that is still busy with ending
+LONGEST_ENDING = 10  # seconds from the first signal; a signal after that kills the process
 
 
 class Stopped(KeyboardInterrupt):
@@ -23,7 +23,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class UnfailingStream:
-    """Standard output or error. A reader that has gone, or letters that the encoding lacks, never fail a run."""
+    """Standard output or error, on which neither a closed pipe nor a character outside the encoding is an error."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -42,14 +42,14 @@ class UnfailingStream:
     def _unfailing(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except OSError:  # what waits in the stream's buffer, and all that follows, goes nowhere
+        except OSError:  # discard what is in the stream's buffer, and all later output
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
 
 
 class _Signals:
-    """The first SIGINT or SIGTERM raises Stopped. It is remembered, since libraries may turn that into other errors."""
+    """Raises Stopped on the first SIGINT or SIGTERM, and stores its number, since libraries may catch the exception."""
 
     def __init__(self) -> None:
         self.first: int | None = None
@@ -57,7 +57,7 @@ class _Signals:
 
     def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell starts a process in the background
+            if signal.getsignal(number) is not signal.SIG_IGN:  # shells ignore SIGINT for background processes
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -72,9 +72,9 @@ _signals = _Signals()
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script: one line and an exit status in place of a traceback where the user can mend it.
+    """Run a script and exit; an error that the user can fix is printed in one line, without a traceback.
 
-    0: done. 2: bad input. 1: the run could not go on. 130 and 143: Ctrl-C and SIGTERM.
+    Exit status: 0 complete, 1 stopped by an error, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
     sys.stdout, sys.stderr = UnfailingStream(sys.stdout), UnfailingStream(sys.stderr)
     _signals.listen()
@@ -86,27 +86,27 @@ def run(main: Callable[[], None]) -> NoReturn:
     except BaseException as error:
         status = _report(error)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # Python's own ending is not to be interrupted
+        signal.signal(number, signal.SIG_IGN)  # do not interrupt the interpreter's shutdown
     sys.stdout.flush()
     sys.stderr.flush()
     if read_number("WORLD_SIZE") > 1:
-        os._exit(status)  # a thread that waits for the network would hold up the others' end
+        os._exit(status)  # a normal exit would wait for the thread that waits for the network
     sys.exit(status)
 
 
 def check_signals() -> None:
-    """Raise Stopped where a signal arrived and a library has swallowed the exception."""
+    """Raise Stopped if a signal has arrived: a library may have caught the first exception."""
     if _signals.first is not None:
         raise Stopped
 
 
 @contextlib.contextmanager
 def adding_progress(describe_progress: Callable[[], str], how_to_go_on: str) -> Iterator[None]:
-    """Add to a stop's or a failure's message how far the run has come, and how it goes on.
+    """Add to the message of a stop or a failure how much is done, and how to continue.
 
     Args:
-        describe_progress: "7 of 20 items are done"; empty where nothing has begun, then nothing is added.
-        how_to_go_on: "the same command goes on".
+        describe_progress: returns "7 of 20 items are done", for example; if it is empty, nothing is added.
+        how_to_go_on: "the same command goes on", for example.
     """
     try:
         yield
@@ -130,37 +130,32 @@ def adding_progress(describe_progress: Callable[[], str], how_to_go_on: str) -> 
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return an operating system's error as one line that names the file."""
+    """Return an error of the operating system as one line, with the file's name if there is one."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
 def with_flags(message: str) -> str:
-    """Return a message of the package, which speaks of `resolution` or `dtype=float16`, with the scripts' flags."""
+    """Replace parameters such as `resolution` or `dtype=float16` in a message by the flags of the scripts."""
     return re.sub(r"`(\w+)(=[^`]*)?`", r"--\1\2", message)
 
 
 def _report(error: BaseException) -> int:
-    """Print one line that says why the script ends, and return the exit status."""
-    is_first_on_machine = read_number("LOCAL_RANK") == 0
-    if isinstance(error, PeerStoppedError):
-        if is_first_on_machine:
-            _print_error(str(error))
-        return 1
-    if _signals.first is not None or isinstance(error, KeyboardInterrupt):
+    """Print why the script ends, in one line, and return the exit status."""
+    is_stop = _signals.first is not None or isinstance(error, KeyboardInterrupt)
+    if is_stop and not isinstance(error, PeerStoppedError):  # another process's stop arrives as a SIGTERM, too
         has_progress = isinstance(error, Stopped) and str(error)
         say(with_flags(str(error)) if has_progress else "stopped; run the same command again")
         return 128 + (_signals.first or signal.SIGINT)
-    if isinstance(error, InputError):
-        if is_first_on_machine:
+    if isinstance(error, (InputError, PeerStoppedError)):
+        if read_number("LOCAL_RANK") == 0:  # all processes of a machine fail in the same way
             _print_error(str(error))
-        return 2
-    if isinstance(error, RunError):
+    elif isinstance(error, RunError):
         _print_error(str(error))
     elif isinstance(error, OSError):
         _print_error(describe_os_error(error))
-    else:  # a fault of the program
+    else:  # a bug
         traceback.print_exception(error)
-    return 1
+    return 2 if isinstance(error, InputError) else 1
 
 
 def _print_error(message: str) -> None:

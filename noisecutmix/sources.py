@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,28 +18,33 @@ def find_checkpoint_files(ckpt_path: Path) -> tuple[Path, Path, Path]:
     """Return a checkpoint's LoRA, its embeddings, and the LoRA's settings as peft writes them, which may be missing.
 
     Raises:
-        InputError: LoRA or embeddings are missing or cannot be read.
+        InputError: there is no such folder, or the LoRA or the embeddings are missing or cannot be read.
     """
+    hint = "download or train a Diff-Mix checkpoint (README), or give its folder with `ckpt_path`"
+    if not ckpt_path.exists():
+        raise InputError(f"`ckpt_path`: {ckpt_path} does not exist; {hint}")
+    if not ckpt_path.is_dir():
+        raise InputError(f"`ckpt_path`: {ckpt_path} is a file; give the folder that holds it")
     lora, pickled = ckpt_path / LORA_FILE, (ckpt_path / LORA_FILE).with_suffix(".bin")
     lora = pickled if pickled.exists() and not lora.exists() else lora
     for file in (lora, ckpt_path / EMBEDDINGS_FILE):
         try:
             open(file, "rb").close()
         except FileNotFoundError:
-            raise InputError(f"`ckpt_path`: {file} is missing; a Diff-Mix checkpoint has {file.name}") from None
+            raise InputError(f"`ckpt_path`: {ckpt_path} has no {file.name}; {hint}") from None
         except OSError as error:
             raise InputError(f"`ckpt_path`: {file} cannot be read: {error.strerror}") from error
     return lora, ckpt_path / EMBEDDINGS_FILE, ckpt_path / ADAPTER_FILE
 
 
 def find_model(model: str, prefers_half: bool) -> tuple[Path, str | None, list[Path]]:
-    """Return a model's local folder, the variant of its weights ("fp16" or None), and the files that are loaded.
+    """Return a model's local folder, the variant of its weights ("fp16" or None), and the files to load.
 
-    `model` is a local diffusers folder, or a hub id, also "id@revision": its files are taken from the hub's cache where
-    they are, and downloaded otherwise. Safetensors come before pickles, the preferred precision before the other.
+    `model` is a local diffusers folder, or a hub id, also "id@revision", whose files are downloaded if they are not in
+    the hub's cache. Safetensors are preferred to pickles, then the preferred precision to the other.
 
     Raises:
-        InputError: there is no such model, it cannot be reached, or it has no weights of one precision.
+        InputError: there is no such model, it cannot be downloaded, or no precision has weights for all parts.
     """
     settings = [f"{part}/*.{suffix}" for part in LOADED for suffix in ("json", "txt")]
     for suffixes in (["safetensors"], ["safetensors", "bin"]):
@@ -54,13 +60,29 @@ def find_model(model: str, prefers_half: bool) -> tuple[Path, str | None, list[P
     raise InputError(f"`model`: {model} has no complete set of weights for {', '.join(WITH_WEIGHTS)}")
 
 
+def read_vae_factor(model: str) -> int:
+    """Return the side of a picture divided by the side of its latents: from a local folder, or 8 for a hub id.
+
+    Raises:
+        InputError: the folder holds no readable vae/config.json.
+    """
+    if not Path(model).is_dir():
+        return 8
+    config = Path(model) / "vae" / "config.json"
+    try:
+        channels = json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]
+        return 1 << (len(channels) - 1)  # each block but the last halves the sides; ValueError if there is none
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"`model`: {config} cannot be read; {model} is no diffusers model folder") from error
+
+
 def _find_first(folder: Path, patterns: list[str]) -> list[Path]:
     """Return the files of the first pattern that matches any."""
     return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
 
 
 def _copies_of_hub_model(model: str, patterns: list[str]) -> Iterator[Path]:
-    """Yield the model's folder as it is cached, then, for who asks on, with the files downloaded that it lacks."""
+    """Yield the model's folder in the cache, if it is there; then the folder after a download of the missing files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -69,8 +91,8 @@ def _copies_of_hub_model(model: str, patterns: list[str]) -> Iterator[Path]:
         with contextlib.suppress(LocalEntryNotFoundError):
             yield Path(snapshot_download(name, revision=revision or None, local_files_only=True))
         yield Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises its own, requests' and httpx's errors, by version
+    except Exception as error:  # depending on its version, huggingface_hub raises its own, requests' or httpx's errors
         raise InputError(
-            f"`model`: {model} is no local folder and cannot be had from the hub ({first_line(error)}); "
+            f"`model`: {model} is no local folder and cannot be downloaded from the hub ({first_line(error)}); "
             "download it once (README) or give a local diffusers folder"
         ) from error

@@ -300,7 +300,7 @@ def test_a_revision_of_a_hub_model_can_be_selected(hub, tiny_checkpoint, tmp_pat
     assert (load_pipeline("someone/tiny@v2", tiny_checkpoint, "cpu").unet.conv_in.bias == 0.5).all()
     assert not (load_pipeline("someone/tiny", tiny_checkpoint, "cpu").unet.conv_in.bias == 0.5).any()
     assert capsys.readouterr().err == ""
-    with pytest.raises(InputError, match=r"`model`: someone/tiny@v3 .* cannot be had from the hub"):
+    with pytest.raises(InputError, match=r"`model`: someone/tiny@v3 .* cannot be downloaded from the hub"):
         load_pipeline("someone/tiny@v3", tiny_checkpoint, "cpu")
 
 
@@ -444,8 +444,8 @@ def embeddings_of(value, token="<class_0>"):
 
 
 REFUSALS = {
-    "no LoRA": (remove(LORA), f"{LORA} is missing"),
-    "no embeddings": (remove(EMBEDDINGS), f"{EMBEDDINGS} is missing"),
+    "no LoRA": (remove(LORA), f"has no {LORA}"),
+    "no embeddings": (remove(EMBEDDINGS), f"has no {EMBEDDINGS}"),
     "LoRA is no safetensors": (overwrite(LORA, b"not a tensor in sight"), "not a safetensors file"),
     "LoRA is empty": (overwrite(LORA, b""), "not a safetensors file"),
     "LoRA is cut off": (
