@@ -119,8 +119,10 @@ def main() -> None:
     steps = plan_steps(options, photos, launch)
 
     folder = TrainingFolder(options.output_dir)
-    how_to_go_on = "the same command without --overwrite goes on" if options.overwrite else "the same command goes on"
-    with script.adding_progress(lambda: folder.describe_progress(steps), how_to_go_on), launch:
+    how_to_continue = (
+        "the same command without --overwrite continues" if options.overwrite else "the same command continues"
+    )
+    with script.adding_progress(lambda: folder.describe_progress(steps), how_to_continue), launch:
         if launch.is_main:
             check_photos(photos)
         choose_device_and_dtype(options)

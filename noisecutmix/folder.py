@@ -158,7 +158,7 @@ class OutputFolder:
         """
         for part in PARTS:
             if missing := self.items.find_missing(part):
-                raise RunError(f"{missing} is not there; the same command goes on")
+                raise RunError(f"{missing} is not there; the same command continues")
         items = [self.plan.item(index) for index in range(min(self.num_items, MOST_PICTURES))]
         images = [self._read_image(item.index) for item in items]
         preview = draw_preview(images, items, self.class_names)
@@ -177,7 +177,7 @@ class OutputFolder:
     def _read_image(self, index: int) -> Image.Image:
         image = decode_png(self.items.path("image", index))
         if image is None:
-            raise RunError(f"{self.items.path('image', index)} is damaged; the same command with `verify` goes on")
+            raise RunError(f"{self.items.path('image', index)} is damaged; the same command with `verify` continues")
         return image
 
     def _check_still_held(self) -> None:

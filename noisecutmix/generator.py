@@ -188,7 +188,7 @@ class NoiseCutMixGenerator:
             if self._pads_batches:
                 torch.compiler.reset()  # drop the code for the old size: torch limits how often it compiles
             self.batch_size = size // 2
-            say(f"out of memory at batch size {size}, going on with {self.batch_size}")
+            say(f"out of memory at batch size {size}, continuing with {self.batch_size}")
         return images
 
     def compile(self) -> None:

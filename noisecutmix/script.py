@@ -101,12 +101,12 @@ def check_signals() -> None:
 
 
 @contextlib.contextmanager
-def adding_progress(describe_progress: Callable[[], str], how_to_go_on: str) -> Iterator[None]:
+def adding_progress(describe_progress: Callable[[], str], how_to_continue: str) -> Iterator[None]:
     """Add to the message of a stop or a failure how much is done, and how to continue.
 
     Args:
         describe_progress: returns "7 of 20 items are done", for example; if it is empty, nothing is added.
-        how_to_go_on: "the same command goes on", for example.
+        how_to_continue: "the same command continues", for example.
     """
     try:
         yield
@@ -121,11 +121,11 @@ def adding_progress(describe_progress: Callable[[], str], how_to_go_on: str) -> 
         if not progress:
             raise
         if isinstance(error, PeerStoppedError):
-            raise PeerStoppedError(f"{error}; {progress}; {how_to_go_on}") from error
+            raise PeerStoppedError(f"{error}; {progress}; {how_to_continue}") from error
         if is_stop:
-            raise Stopped(f"stopped: {progress}; {how_to_go_on}") from error
+            raise Stopped(f"stopped: {progress}; {how_to_continue}") from error
         if isinstance(error, OSError):
-            raise RunError(f"{describe_os_error(error)}; {progress}; {how_to_go_on}") from error
+            raise RunError(f"{describe_os_error(error)}; {progress}; {how_to_continue}") from error
         raise RunError(f"{error}; {progress}") from error
 
 

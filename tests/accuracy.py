@@ -86,7 +86,7 @@ def run_script(script_file: str, *arguments: str) -> None:
 
 
 def draw_single_class(root: Path, shown: str, num_items: int, mixed_plan: Plan, options: argparse.Namespace) -> None:
-    """Draw one class of each item into a folder such as augmentation.py's; goes on where an earlier run stopped."""
+    """Draw one class of each item into a folder such as augmentation.py's; continues an earlier run."""
     plan = SingleClassPlan(*astuple(mixed_plan), shown)
     folder = OutputFolder(root, plan, num_items, options.classes.names)
     shape = {**record.describe_shape(options, DEVICE), "shown": plan.shown}
@@ -113,7 +113,7 @@ def draw_sets(work_dir: Path, num_aug: int, *model: str) -> tuple[dict[str, Tens
     arguments.append(f"--output_dir={work_dir / 'noisecutmix'}")
     options = cli.parse_augmentation(arguments)
     plan = Plan(options.seed, NUM_CLASSES, options.alpha, options.resolution)
-    run_script("augmentation.py", *arguments)  # it goes on where an earlier run stopped
+    run_script("augmentation.py", *arguments)  # it continues an earlier run
     draw_single_class(work_dir / "stable_diffusion", "target", num_aug, plan, options)
     names = ("noisecutmix", "stable_diffusion")
     return {name: decode(AugmentedDataset(work_dir / name, to_input)) for name in names}, plan, options

@@ -110,7 +110,7 @@ def test_a_checkpoints_names_match_by_the_same_rule():
 
 def test_a_checkpoint_whose_names_count_as_the_same_is_refused(tiny_model, tiny_lora, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", in_old_keys(tiny_lora), class_names=["Robin", "robin"])
-    with pytest.raises(InputError, match=r"two class names differ in .*case"):
+    with pytest.raises(InputError, match=r"two class names differ only in .*case"):
         load_pipeline(str(tiny_model), checkpoint, device="cpu")
 
 

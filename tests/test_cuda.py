@@ -201,7 +201,7 @@ def test_a_card_too_small_for_the_batch_draws_half_batches(generator, on_card, m
     monkeypatch.setattr(on_card, "capacity", on_card.live + 1.5 * on_card.activations("loop"))
     assert len(generator.draw(items(generator, 8))) == 8
     assert generator.batch_size == 4
-    assert "out of memory at batch size 8, going on with 4" in capsys.readouterr().err
+    assert "out of memory at batch size 8, continuing with 4" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- the card finds errors

@@ -851,7 +851,7 @@ def test_signals_stop_in_one_line(tmp_path, flags, start, sent, status):
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert re.search(r"stopped: the state of step \d+ of 5000 is kept; the same command goes on", errors)
+    assert re.search(r"stopped: the state of step \d+ of 5000 is kept; the same command continues", errors)
     assert "Traceback" not in errors
 
 

@@ -163,7 +163,7 @@ def test_a_stop_while_overwriting_counts_no_item_of_the_earlier_run(whole, tmp_p
         unlink(path, **named)
 
     monkeypatch.setattr(os, "unlink", stop_at_the_fifth)
-    advice = "stopped: 0 of 20 items are done; the same command without --overwrite goes on"
+    advice = "stopped: 0 of 20 items are done; the same command without --overwrite continues"
     with pytest.raises(KeyboardInterrupt, match=advice):
         run_to_the_end(tmp_path, tiny_arguments, 20, "--overwrite", "--alpha=0.5")
     monkeypatch.undo()
@@ -310,7 +310,7 @@ def test_a_damaged_picture_of_the_preview_is_reported_with_the_remedy(whole, tmp
     content[len(content) // 2] ^= 255
     image.write_bytes(content)
     (out / "soft_label.npy").unlink()
-    with pytest.raises(RunError, match=r"gen_0003.png is damaged; the same command with --verify goes on"):
+    with pytest.raises(RunError, match=r"gen_0003.png is damaged; the same command with --verify continues"):
         run_to_the_end(tmp_path, tiny_arguments, 20)
     run_to_the_end(tmp_path, tiny_arguments, 20, "--verify")
     assert files_of(out) == files_of(whole)
@@ -375,7 +375,7 @@ def test_a_full_disk_is_reported_with_the_file_name(tmp_path, tiny_arguments, mo
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(RunError, match=rf"{name}: No space left on device.*the same command goes on"):
+    with pytest.raises(RunError, match=rf"{name}: No space left on device.*the same command continues"):
         run_to_the_end(tmp_path, tiny_arguments, 5)
     monkeypatch.undo()
     run_to_the_end(tmp_path, tiny_arguments, 5)

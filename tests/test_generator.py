@@ -203,7 +203,7 @@ def test_out_of_memory_errors_of_every_backend_halve_the_batch(monkeypatch, caps
     monkeypatch.setattr(generator, "_draw_batch", short_of_memory)
     assert len(generator.draw([generator.plan.item(i) for i in range(4)])) == 4
     assert generator.batch_size == 2
-    assert "out of memory at batch size 4, going on with 2" in capsys.readouterr().err
+    assert "out of memory at batch size 4, continuing with 2" in capsys.readouterr().err
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

@@ -146,7 +146,7 @@ def test_out_of_memory_halves_the_batch(capsys):
     with limited_memory((small + large) / 2):
         pictures = draw(generator, 512)
     assert generator.batch_size < 512
-    assert "out of memory at batch size 512, going on with 256" in capsys.readouterr().err
+    assert "out of memory at batch size 512, continuing with 256" in capsys.readouterr().err
     assert differences(pictures, expected).max() <= TOLERANCES[torch.float16]
 
 

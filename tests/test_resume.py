@@ -264,7 +264,7 @@ def test_signals_leave_finished_items(start, tmp_path, tiny_arguments, number, s
     _, errors = process.communicate(timeout=LONGEST_WAIT)
     assert process.returncode == status, errors
     last = errors.replace("\r", "\n").splitlines()[-1]
-    message = re.search(r"stopped: (\d+) of 400 items are done; the same command goes on", last)
+    message = re.search(r"stopped: (\d+) of 400 items are done; the same command continues", last)
     assert message, errors
     assert "Traceback" not in errors
     images = list((tmp_path / "out" / "image").iterdir())
@@ -299,7 +299,7 @@ def test_full_disk(whole, tmp_path, tiny_arguments):
     )
     assert done.returncode == 1, done.stderr
     last = done.stderr.replace("\r", "\n").splitlines()[-1]
-    assert "File too large" in last and "0 of 20 items are done; the same command goes on" in last
+    assert "File too large" in last and "0 of 20 items are done; the same command continues" in last
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "out" / "image").iterdir())
     run_to_the_end(tmp_path, tiny_arguments, 20, "--resolution=64")
@@ -313,7 +313,7 @@ def test_a_file_system_that_disappears(start, tmp_path, tiny_arguments):
     (tmp_path / "out").rename(tmp_path / "away")
     output, errors = process.communicate(timeout=LONGEST_WAIT)
     assert process.returncode == 1, errors
-    assert re.search(r"error: out/.*No such file.* of 60 items are done; the same command goes on$", errors.strip())
+    assert re.search(r"error: out/.*No such file.* of 60 items are done; the same command continues$", errors.strip())
     assert "Traceback" not in errors and output == ""
 
     (tmp_path / "away").rename(tmp_path / "out")
@@ -352,8 +352,8 @@ def test_out_of_memory_halves_the_batch(whole, tmp_path, tiny_arguments, monkeyp
     monkeypatch.setattr(NoiseCutMixPipeline, "__call__", short_of_memory)
     run_to_the_end(tmp_path, tiny_arguments, 20)
     errors = capsys.readouterr().err
-    assert "out of memory at batch size 8, going on with 4" in errors
-    assert "out of memory at batch size 4, going on with 2" in errors
+    assert "out of memory at batch size 8, continuing with 4" in errors
+    assert "out of memory at batch size 4, continuing with 2" in errors
     assert errors.count("out of memory") == 2
     compare(tmp_path / "out", whole)
 

@@ -50,7 +50,7 @@ def run_python(code, *arguments, folder, **environment):
 @pytest.mark.parametrize(
     ("script", "last_line"),
     [
-        ("augmentation.py", "stopped: 0 of 10 items are done; the same command goes on"),
+        ("augmentation.py", "stopped: 0 of 10 items are done; the same command continues"),
         pytest.param("generation.py", "stopped; run the same command again", marks=pytest.mark.slow),
     ],
 )
@@ -74,7 +74,7 @@ def test_a_second_ctrl_c_has_no_effect(start, tmp_path, tiny_arguments):
         time.sleep(0.001)
     _, errors = process.communicate(timeout=LONGEST_WAIT)
     assert process.returncode == 130, errors
-    assert errors.count("stopped") == 1 and "the same command goes on" in errors
+    assert errors.count("stopped") == 1 and "the same command continues" in errors
     assert "Traceback" not in errors and "Exception ignored" not in errors
 
 
@@ -144,7 +144,9 @@ def test_signals_at_many_moments_of_the_start(start, tmp_path, tiny_arguments, n
         process.send_signal(number)
         _, errors = process.communicate(timeout=LONGEST_WAIT)
         assert process.returncode == status, errors
-        assert re.search("stopped(: .* items are done; the same command goes on|; run the same command again)", errors)
+        assert re.search(
+            "stopped(: .* items are done; the same command continues|; run the same command again)", errors
+        )
         assert "Traceback" not in errors
 
 
