@@ -54,7 +54,7 @@ def choose_device(requested: str | None) -> str:
     if requested is None:
         requested = "cuda" if count else "mps" if has_mps else "cpu"
         if requested == "cpu":
-            say("no GPU seen: drawing on the CPU")
+            say("no GPU seen: running on the CPU")
     elif requested == "mps" and not has_mps:
         raise InputError("`device`: mps is not there; try `device=cpu`")
     elif requested.startswith("cuda") and int(requested.partition(":")[2] or 0) >= count:
