@@ -35,10 +35,7 @@ def main() -> None:
     blocks = np.arange(options.num_aug) // options.batch_size
     share = np.flatnonzero(blocks % launch.count == launch.rank)
 
-    how_to_continue = (
-        "the same command without --overwrite continues" if options.overwrite else "the same command continues"
-    )
-    with script.adding_progress(lambda: folder.describe_progress(options.overwrite), how_to_continue), launch:
+    with script.adding_progress(lambda: folder.describe_progress(options.overwrite), options.overwrite), launch:
         shape = record.describe_shape(options, device)
         record.check_same_as_main(shape, launch.broadcast(shape))
         with folder.held(shape, options.overwrite) if launch.is_main else contextlib.nullcontext():

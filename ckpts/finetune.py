@@ -12,11 +12,10 @@ import math
 import sys
 import time
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noisecutmix import __version__, script
+from noisecutmix import script
 from noisecutmix.classes import STABLE_DIFFUSION
 from noisecutmix.cli import Parser, as_device, as_model, as_number, as_path, as_text, check_model, check_text
 from noisecutmix.errors import InputError, PeerStoppedError, RunError, is_out_of_memory
@@ -24,7 +23,7 @@ from noisecutmix.files import check_writable, write_png
 from noisecutmix.launch import HEARTBEAT, Launch, choose_device, say
 from noisecutmix.photos import Photos, check_photos, crop_square, find_photos, open_photo
 from noisecutmix.ranges import RANGES, Range
-from noisecutmix.record import check_same_as_main, fingerprint_files, fingerprint_model
+from noisecutmix.record import check_same_as_main, describe_program, fingerprint_files, fingerprint_model
 from noisecutmix.training_folder import PREVIEW_FILE, TrainingFolder
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ PASSES, FEWEST_STEPS = 47, 1000  # Diff-Mix's budget for CUB: 280,000 pictures s
 SMOOTHED_OVER = 50  # steps, over which the displayed loss is averaged
 MEASURED_STEPS = 20  # from which the remaining time is estimated
 DRAWN_PER_CLASS = 2  # pictures in the preview, beside a real one
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
 COUNT, RATE = Range(int, 1, 10**8), Range(float, 1e-12, 1e6)
 
 
@@ -119,10 +117,7 @@ def main() -> None:
     steps = plan_steps(options, photos, launch)
 
     folder = TrainingFolder(options.output_dir)
-    how_to_continue = (
-        "the same command without --overwrite continues" if options.overwrite else "the same command continues"
-    )
-    with script.adding_progress(lambda: folder.describe_progress(steps), how_to_continue), launch:
+    with script.adding_progress(lambda: folder.describe_progress(steps), options.overwrite), launch:
         if launch.is_main:
             check_photos(photos)
         choose_device_and_dtype(options)
@@ -257,12 +252,11 @@ def train(
 def describe_run(options: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     """Return the record of this run, beside what the weights depend on; its `command` continues the run."""
     return {
-        "command": ["python", *(argument for argument in sys.argv if argument != "--overwrite")],
+        **describe_program(),
         "train_batch_size": options.train_batch_size,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
         "processes": launch.count,
         "device": options.device,
-        "versions": {"noisecutmix": __version__, **{name: version(name) for name in LIBRARIES}},
     }
 
 

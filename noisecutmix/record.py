@@ -16,7 +16,7 @@ from .errors import InputError
 from .files import atomic_file
 from .sources import find_checkpoint_files, find_model
 
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow")
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
 SAMPLED_BYTES = 2**20
 LONGEST_SHOWN = 120  # characters
 
@@ -135,13 +135,20 @@ def check_same_as_main(own: dict[str, Any], main: dict[str, Any]) -> None:
 def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Return the record of a run beside the options that the data depend on; its `command` continues the run."""
     return {
-        "command": ["python", *(argument for argument in sys.argv if argument != "--overwrite")],
+        **describe_program(),
         "data_name": options.data_name,
         "model": options.model,
         "ckpt_path": str(options.ckpt_path),
         "batch_size": options.batch_size,
         "device": device,
         "compile": options.compile,
+    }
+
+
+def describe_program() -> dict[str, Any]:
+    """Return the command that continues this run of a script, and the versions of the program and its libraries."""
+    return {
+        "command": ["python", *(argument for argument in sys.argv if argument != "--overwrite")],
         "versions": {"noisecutmix": __version__, **{name: version(name) for name in LIBRARIES}},
     }
 

@@ -101,13 +101,14 @@ def check_signals() -> None:
 
 
 @contextlib.contextmanager
-def adding_progress(describe_progress: Callable[[], str], how_to_continue: str) -> Iterator[None]:
+def adding_progress(describe_progress: Callable[[], str], overwrite: bool) -> Iterator[None]:
     """Add to the message of a stop or a failure how much is done, and how to continue.
 
     Args:
         describe_progress: returns "7 of 20 items are done", for example; if it is empty, nothing is added.
-        how_to_continue: "the same command continues", for example.
+        overwrite: this run overwrites an earlier one, so its command must not be repeated with that flag.
     """
+    how_to_continue = f"the same command {'without --overwrite ' if overwrite else ''}continues"
     try:
         yield
     except BaseException as error:

@@ -82,7 +82,7 @@ def run_script(script_file: str, *arguments: str) -> None:
     """Run a script of the repository. Raises RunError where it fails."""
     status = subprocess.run([sys.executable, str(ROOT / script_file), *arguments], check=False).returncode
     if status:
-        raise RunError(f"{script_file} failed, see above; another --work_dir starts anew")
+        raise RunError(f"{script_file} failed, see above; another --work_dir starts again")
 
 
 def draw_single_class(root: Path, shown: str, num_items: int, mixed_plan: Plan, options: argparse.Namespace) -> None:
@@ -119,8 +119,9 @@ def draw_sets(work_dir: Path, num_aug: int, *model: str) -> tuple[dict[str, Tens
     return {name: decode(AugmentedDataset(work_dir / name, to_input)) for name in names}, plan, options
 
 
-def train_generator(folder: Path, subset: int, steps: int) -> tuple[str, str]:
+def train_generator(work_dir: Path, subset: int, steps: int) -> tuple[str, str]:
     """Train the whole demo on a subset of the digits alone; return the flags that draw with it."""
+    folder = work_dir / f"checkpoint_of_{steps}_steps"  # so that another number of steps trains another one
     checkpoint = folder / "shot-1-lora-rank10"
     if not (checkpoint / "preview.png").is_file():  # written last
         run_script(
@@ -479,7 +480,7 @@ def main() -> None:
     for subset in range(SUBSETS):
         print(f"Generator of {ALONE_DIGITS} digits a class, subset {subset}", flush=True)
         folder = work_dir / f"subset_{subset}"
-        model = train_generator(folder / "checkpoint", subset, arguments.generator_steps)
+        model = train_generator(folder, subset, arguments.generator_steps)
         chosen = digits.choose_digits(train_labels, ALONE_DIGITS, subset)
         alone.append(Trial(arguments.seeds, TensorDataset(*real[chosen]), draw_sets(folder, num_aug, *model)[0]))
 

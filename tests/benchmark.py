@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -457,7 +457,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as the scripts'")
     parser.add_argument("--batch_size", type=positive_int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--num_images", type=positive_int, metavar="N", help="default: 64, of sd15 two batches")
-    parser.add_argument("--steps", type=positive_int, default=25, metavar="N", help="denoising steps, default: 25")
+    parser.add_argument("--steps", type=positive_int, default=25, metavar="N", help="to draw or train, default: 25")
     parser.add_argument("--resolution", type=positive_int, metavar="PIXELS", help="default: 32, of sd15 512")
     parser.add_argument("--compile", action="store_true", help="compile the scripts' way, not the plain one")
     parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="default: 5; fewer only to try")
@@ -470,15 +470,23 @@ def parse() -> argparse.Namespace:
     if options.dry_run:
         if options.arch not in SHAPES or options.device != "cuda":
             parser.error("--dry_run: give --device cuda and --arch sd15 or tiny")
-        for name in ("batch_size", "num_images", "compile", "repeats", "part"):
-            if getattr(options, name) != parser.get_default(name):
-                parser.error(f"--{name}: means nothing to --dry_run")
+        unused = ("batch_size", "num_images", "compile", "repeats", "part", *(["steps"] if options.finetune else []))
+        refuse(parser, options, "--dry_run", unused)
         return options
+    if options.finetune:
+        refuse(parser, options, "--finetune", ("num_images", "compile", "part", "scale"))
     has_cuda = torch.cuda.is_available()
     options.device = options.device or ("cuda" if has_cuda else "cpu")
     if options.device == "cuda" and not has_cuda:
         parser.error("--device: torch sees no CUDA device; try --device cpu")
     return options
+
+
+def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, flag: str, names: Iterable[str]) -> None:
+    """End with an error if an option is set that a flag would ignore."""
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name}: means nothing to {flag}")
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> Setup:

@@ -294,7 +294,7 @@ def load_weights(folder, model):
     return load_file(file).values()
 
 
-def test_training_in_half_precision_takes_half_of_the_memory():
+def test_training_in_half_precision_takes_less_memory():
     whole, half = (compute_training(SHAPES["tiny"], dtype, 32, (8,))[0] for dtype in ("float32", "float16"))
     assert half.flops == whole.flops
     assert half.weights_bytes < 0.75 * whole.weights_bytes  # what is trained stays in float32
@@ -347,9 +347,18 @@ def test_the_dry_run_prints_a_row_for_each_batch():
 
 
 @pytest.mark.slow
-def test_the_batch_sizes_in_the_readme_are_those_of_the_dry_run(run_script):
-    done = run_script("tests/benchmark.py", "--arch=sd15", "--device=cuda", "--dry_run", "--steps=2")
+@pytest.mark.parametrize(
+    ("more", "rows"),
+    [
+        (["--steps=2"], {"--batch_size": "`--batch_size`"}),
+        (["--finetune"], {"off": "`--train_batch_size`", "on": "with `--gradient_checkpointing`"}),
+    ],
+    ids=["drawing", "fine-tuning"],
+)
+def test_the_batch_sizes_in_the_readme_are_those_of_the_dry_run(run_script, more, rows):
+    done = run_script("tests/benchmark.py", "--arch=sd15", "--device=cuda", "--dry_run", *more)
     assert done.returncode == 0, done.stderr
-    row = next(line for line in done.stdout.splitlines() if line.startswith("--batch_size "))
-    cells = " | ".join(row.split()[1:])
-    assert f"| `--batch_size` | {cells} |" in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, heading in rows.items():
+        row = next(line for line in done.stdout.splitlines() if line.startswith(f"{name} "))
+        assert f"| {heading} | {' | '.join(row.split()[1:])} |" in readme

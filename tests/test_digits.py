@@ -117,3 +117,24 @@ def test_resolution_sets_the_size_of_mask_and_picture(generator):
     images, _, masks = generator([1], resolution=48, return_mask=True)
     assert images[0].size == masks[0].size == (48, 48)
     assert isinstance(images[0], Image.Image)
+
+
+def test_subsets_of_few_digits_share_none_and_have_every_class(train):
+    labels = train.load_split()[1]
+    subsets = [train.choose_digits(labels, 20, subset) for subset in range(2)]
+    for subset in subsets:
+        assert np.bincount(labels[subset]).tolist() == [20] * 10
+    assert len(np.union1d(*subsets)) == 400
+    for wrong in ((20, -1), (20, 7), (0, 0), (200, 0)):
+        with pytest.raises(ValueError, match="no subset"):
+            train.choose_digits(labels, *wrong)
+
+
+def test_shifted_pictures_keep_their_labels(train):
+    pictures = np.zeros((2, 32, 32), dtype=np.uint8)
+    pictures[0, 10, 12], pictures[1, 20, 5] = 100, 200
+    shifted, labels = train.shift_all(pictures, np.array([3, 8]))
+    assert shifted.shape == (18, 32, 32) and labels.tolist() == [3, 8] * 9
+    places = {(int(row), int(column)) for _, row, column in np.argwhere(shifted == 100)}
+    assert places == {(10 + down, 12 + right) for down in (-2, 0, 2) for right in (-2, 0, 2)}
+    assert all(picture.max() == {3: 100, 8: 200}[label] for picture, label in zip(shifted, labels))

@@ -64,7 +64,10 @@ def test_accuracy_prints_every_row(tmp_path):
     )
     for row in ("none", "MixUp", "CutMix", "Stable Diffusion", "NoiseCutMix"):
         assert row in output
-    assert json.loads((tmp_path / "work" / "accuracy.json").read_text())["accuracy"]
+    results = json.loads((tmp_path / "work" / "accuracy.json").read_text())
+    counts = {column: {len(row["accuracies"]) for row in rows.values()} for column, rows in results["accuracy"].items()}
+    assert counts == {"10 a class": {1}, "20 a class, generator too": {2}, "all": {1}}
+    assert len(results["subsets"]) == 2
     assert (tmp_path / "work" / "label_fit.png").is_file()
 
 
