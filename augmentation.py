@@ -2,71 +2,48 @@
 
 python augmentation.py --data_name=digits --num_aug=32 --output_dir=outputs/digits
 accelerate launch --num_processes=8 augmentation.py --data_name=cub --num_aug=10000
+
+Any number of processes may draw into one folder: of a launcher, of a job array, or started by hand, also later.
 """
 
-import contextlib
+import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from noisecutmix import cli, script
-from noisecutmix.launch import Launch, choose_device
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from noisecutmix.folder import OutputFolder
     from noisecutmix.generator import NoiseCutMixGenerator
 
 
 def main() -> None:
     options = cli.parse_augmentation()
-    launch = Launch()
-    device = choose_device(options.device)
+    device = script.choose_device(options.device)
 
     # slow imports, once the arguments are checked
-    import numpy as np
-
     from noisecutmix import record
     from noisecutmix.folder import OutputFolder
     from noisecutmix.plan import Plan
 
-    plan = Plan(options.seed, len(options.classes.names), options.alpha, options.resolution)
-    folder = OutputFolder(options.output_dir, plan, options.num_aug, options.classes.names)
-    # each block of indices is drawn as one batch; of n processes, each draws every n-th block
-    blocks = np.arange(options.num_aug) // options.batch_size
-    share = np.flatnonzero(blocks % launch.count == launch.rank)
+    names = options.classes.names
+    plan = Plan(options.seed, len(names), options.alpha, options.resolution, options.single_class)
+    folder = OutputFolder(options.output_dir, plan, options.num_aug, names, record.data_options(options, device))
+    folder.check_usable()
+    if not folder.is_complete(options.verify):
+        from noisecutmix.generator import create_generator
 
-    with script.adding_progress(lambda: folder.describe_progress(options.overwrite), options.overwrite), launch:
-        shape = record.describe_shape(options, device)
-        record.check_same_as_main(shape, launch.broadcast(shape))
-        with folder.held(shape, options.overwrite) if launch.is_main else contextlib.nullcontext():
-            is_complete = launch.broadcast(
-                launch.is_main and not options.overwrite and folder.has_planned_labels(options.verify)
-            ) and all(launch.gather(folder.has_whole_files(share, options.verify)))
-            if not is_complete:
-                from noisecutmix.generator import create_generator
-
-                # loaded before anything is written, since model and checkpoint may be wrong
-                generator = create_generator(options, device, plan)
-                if launch.is_main:
-                    folder.begin(shape, record.describe_run(options, device), options.overwrite)
-                folder.join(launch.broadcast(folder.identity))
-                draw_missing(generator, folder, launch, share, options.batch_size, options.verify)
-                launch.wait_for_others()
-                if launch.is_main:
-                    folder.finish()
-    if launch.is_main:
+        # loaded before anything is written, since model and checkpoint may be wrong
+        generator = create_generator(options, device, plan)
+        folder.begin(record.describe_run(options, device))
+        draw_missing(generator, folder, options.batch_size, options.verify)
+        folder.finish()
+    if script.is_first_process():
         print(f"{options.output_dir} is complete: {options.num_aug} items")
 
 
-def draw_missing(
-    generator: "NoiseCutMixGenerator",
-    folder: "OutputFolder",
-    launch: Launch,
-    share: "np.ndarray",
-    batch_size: int,
-    verify: bool,
-) -> None:
-    """Draw each block of this share in which an item is missing, and write only its missing items.
+def draw_missing(generator: "NoiseCutMixGenerator", folder: "OutputFolder", batch_size: int, verify: bool) -> None:
+    """Draw the blocks of `batch_size` indices in which an item is missing, and write only the missing items.
 
     Blocks are always drawn completely, so that a picture's bytes do not depend on what an earlier run left.
     """
@@ -74,23 +51,45 @@ def draw_missing(
 
     from noisecutmix.files import BackgroundWriter
 
-    missing = set(folder.mend(share, verify).tolist())
-    bar = tqdm(
-        total=len(share),
-        initial=len(share) - len(missing),
-        unit="image",
-        desc=f"process 0 of {launch.count}" if launch.count > 1 else None,
-        disable=not launch.is_main,
-    )
+    rank, count = script.rank_and_count()
+    missing = folder.find_missing(range(folder.num_items), verify)
+    bar = tqdm(total=len(missing), unit="image", disable=not script.is_first_process())
     with BackgroundWriter(folder.write) as writer, bar:
-        for start in sorted({index - index % batch_size for index in missing}):
-            script.check_signals()
-            launch.check_others()
-            items = [folder.plan.item(index) for index in range(start, start + batch_size)]
-            images = generator.draw(items)
-            wanted = [(item, image) for item, image in zip(items, images) if item.index in missing]
-            writer.submit(*zip(*wanted))
-            bar.update(len(wanted))
+        while missing:
+            bar.total = bar.n + -(-len(missing) // count)  # the share of this process
+            for block in order_blocks(missing, batch_size, folder.num_items, rank, count):
+                script.check_signals()
+                if not folder.find_missing(block, verify):
+                    break  # another process has drawn the block, and draws those that follow
+                start = block[0] - block[0] % batch_size
+                items = [folder.plan.item(index) for index in range(start, start + batch_size)]
+                images = generator.draw(items)
+                block = folder.find_missing(block, verify)
+                if not block:
+                    break  # another process has drawn it at the same time
+                writer.submit([(item, image) for item, image in zip(items, images) if item.index in block])
+                bar.update(len(block))
+            writer.wait()
+            missing = folder.find_missing(missing, verify) or folder.find_missing(range(folder.num_items))
+
+
+def order_blocks(missing: Sequence[int], batch_size: int, num_items: int, rank: int, count: int) -> list[Sequence[int]]:
+    """Return the missing items of each block, in the order in which this process draws the blocks.
+
+    At first, process `rank` of `count` begins at its own share, and continues into the next one. Once blocks are drawn,
+    the processes spread over the blocks that are left; the first of each sequence of missing blocks comes last, since
+    it is probably being drawn. So hardly any block is drawn twice, and no process waits for another.
+    """
+    blocks: dict[int, list[int]] = {}
+    for index in missing:
+        blocks.setdefault(index // batch_size, []).append(index)
+    if len(missing) == num_items:
+        order, position = list(blocks), rank / count
+    else:
+        order = [number for number in blocks if number - 1 in blocks] or list(blocks)
+        position = (rank + random.Random().random()) / count  # random, since processes started by hand have no rank
+    start = int(position * len(order))
+    return [blocks[number] for number in order[start:] + order[:start]]
 
 
 if __name__ == "__main__":

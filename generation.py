@@ -4,29 +4,35 @@ python generation.py --data_name=digits --num_gen=8
 python generation.py --data_name=cub --device=cuda --target_class="Blue Jay" --aug_class=Cardinal
 """
 
+from pathlib import Path
+
 from noisecutmix import cli, script
-from noisecutmix.launch import Launch, choose_device
-from noisecutmix.pictures import PictureFolder
+from noisecutmix.errors import InputError
+
+COMMENT = "drawn by generation.py of NoiseCutMix"
 
 
 def main() -> None:
     options = cli.parse_generation()
-    if not Launch().is_main:
-        return  # in a launch of several processes only one draws
-    folder = PictureFolder(options.output_dir, options.num_gen)
-    device = choose_device(options.device)
+    if script.rank_and_count()[0] > 0:
+        return  # of several processes only one draws
+    if any((options.output_dir / name).exists() for name in ("run.json", "metadata.jsonl", "soft_label.npy")):
+        raise InputError(f"`output_dir`: {options.output_dir} holds a data set; choose another folder")
+    device = script.choose_device(options.device)
 
     # slow imports, once the arguments are checked
     from PIL import Image
     from tqdm import tqdm
 
+    from noisecutmix.files import write_png
     from noisecutmix.generator import create_generator
     from noisecutmix.plan import Plan
     from noisecutmix.preview import MOST_PICTURES, draw_preview
 
-    plan = Plan(options.seed, len(options.classes.names), options.alpha, options.resolution)
+    plan = Plan(options.seed, len(options.classes.names), options.alpha, options.resolution, options.single_class)
     generator = create_generator(options, device, plan)
-    folder.begin()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    delete_earlier_pictures(options.output_dir)
     items = [plan.item(i, options.target_class, options.aug_class) for i in range(options.num_gen)]
     shown: list[Image.Image] = []
     with tqdm(total=len(items), unit="image") as bar:
@@ -35,11 +41,20 @@ def main() -> None:
             batch = items[start : start + options.batch_size]
             images = generator.draw(batch)
             for item, image in zip(batch, images):
-                folder.write(item.index, image)
+                write_png(options.output_dir / f"gen_{item.index:04d}.png", image, COMMENT)
             shown += images[: MOST_PICTURES - len(shown)]
             bar.update(len(batch))
-    folder.write_preview(draw_preview(shown, items, options.classes.names))
+    write_png(options.output_dir / "preview.png", draw_preview(shown, items, options.classes.names), COMMENT)
     print(f"wrote {len(items)} pictures and preview.png to {options.output_dir}")
+
+
+def delete_earlier_pictures(folder: Path) -> None:
+    """Delete the pictures that an earlier run of this script wrote into the folder, and no others."""
+    for file in (*folder.glob("gen_*.png"), *folder.glob("preview.png")):
+        with open(file, "rb") as content:
+            is_ours = COMMENT.encode() in content.read(200)
+        if is_ours:
+            file.unlink()
 
 
 if __name__ == "__main__":

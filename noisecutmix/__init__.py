@@ -15,22 +15,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a name imported as itself is one that users may import
-    from .augmented import AugmentedDataset as AugmentedDataset
-    from .augmented import MixedDataset as MixedDataset
     from .checkpoint import load_pipeline as load_pipeline
-    from .cutmix import make_mask_and_ratio as make_mask_and_ratio
+    from .datasets import AugmentedDataset as AugmentedDataset
+    from .datasets import MixedDataset as MixedDataset
     from .generator import NoiseCutMixGenerator as NoiseCutMixGenerator
     from .pipeline import NoiseCutMixPipeline as NoiseCutMixPipeline
+    from .plan import make_mask_and_ratio as make_mask_and_ratio
 
 __version__ = "1.0.0"
 
 _modules = {
-    "AugmentedDataset": "augmented",
-    "MixedDataset": "augmented",
+    "AugmentedDataset": "datasets",
+    "MixedDataset": "datasets",
     "NoiseCutMixGenerator": "generator",
     "NoiseCutMixPipeline": "pipeline",
     "load_pipeline": "checkpoint",
-    "make_mask_and_ratio": "cutmix",
+    "make_mask_and_ratio": "plan",
 }
 __all__ = list(_modules)
 

@@ -15,6 +15,7 @@ from .classes import EMBEDDINGS_FILE, LORA_FILE, find_repeated, normalise
 from .errors import InputError, first_line, is_out_of_memory
 from .files import atomic_file
 from .quiet import quiet_libraries
+from .ranges import default_dtype
 from .sources import ADAPTER_FILE, find_checkpoint_files, find_model
 
 with quiet_libraries():  # transformers warns of missing packages that are not needed here
@@ -55,8 +56,7 @@ def load_pipeline(
         InputError: the device cannot be used, model or checkpoint cannot be read, or they do not fit each other.
     """
     device = _find_device(device)
-    if dtype is None:
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = default_dtype(device.type) if dtype is None else dtype
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
         raise InputError(f"`dtype`: has to be {', '.join(DTYPES)} or None, not {dtype!r}")
@@ -82,7 +82,7 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
     The libraries may print warnings, and use the global random state.
 
     Raises:
-        InputError: the model cannot be read.
+        InputError: the model cannot be read, or is not a plain Stable Diffusion model (but SDXL or inpainting, say).
     """
     folder, variant, _ = find_model(model, prefers_half)
     try:
@@ -94,11 +94,29 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        return pipe
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.PickleError) as error:
         if is_out_of_memory(error):
             raise
         raise InputError(f"`model`: {model} cannot be loaded: {first_line(error)}") from error
+    _check_plain(pipe, model)
+    return pipe
+
+
+def _check_plain(pipe: NoiseCutMixPipeline, model: str) -> None:
+    """Raise an InputError unless the UNet takes the VAE's latents and the text encoder's output, and nothing else."""
+    unet, latent_channels = pipe.unet.config, pipe.vae.config.latent_channels
+    text_width = pipe.text_encoder.config.hidden_size
+    reason = None
+    if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
+        reason = f"its UNet takes {unet.in_channels} and gives {unet.out_channels} channels, its VAE {latent_channels}"
+    elif unet.cross_attention_dim != text_width:
+        reason = f"its UNet reads texts of width {unet.cross_attention_dim}, its text encoder writes {text_width}"
+    others = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim")
+    for name in others:
+        if unet.get(name) is not None:
+            reason = f"its UNet takes another input, {name}"
+    if reason:
+        raise InputError(f"`model`: {model} is not a plain Stable Diffusion model, such as 1.5 or 2.1: {reason}")
 
 
 def _find_device(device: str | torch.device) -> torch.device:

@@ -80,7 +80,7 @@ def _read_finetuned(folder: Path) -> Classes:
         raise InputError(f'`data_name`: "model" is missing in {folder / FINETUNE_FILE}; run ckpts/finetune.py again')
     try:
         resolution = RANGES["resolution"].check("resolution", resolution)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"`data_name`: {folder / FINETUNE_FILE}: {error}; run ckpts/finetune.py again") from error
     return dataclasses.replace(classes, model=model, resolution=resolution, ckpt_path=folder)
 

@@ -5,6 +5,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 from .classes import DEFAULT_PROMPT, META_CLASSES, check_prompt, comparison_key, has_lone_surrogate, load_classes
 from .errors import InputError
 from .files import check_writable
-from .ranges import RANGES, Range
+from .ranges import RANGES, Range, check_guidance_interval, check_resolution
 from .sources import find_checkpoint_files, read_vae_factor
 
 
@@ -56,8 +57,6 @@ def create_augmentation_parser() -> argparse.ArgumentParser:
         "Build a data set: image/, mask/, metadata.jsonl and soft_label.npy. After a stop, the same command continues."
     )
     _add_number(output, "num_aug", 10, "N", "pictures in the data set")
-    overwrite = "delete the files of an earlier run there and start again"
-    output.add_argument("--overwrite", action="store_true", help=overwrite)
     verify = "check every pixel and label of an earlier run, which takes long"
     output.add_argument("--verify", action="store_true", help=verify)
     _add_shared_arguments(parser)
@@ -70,7 +69,7 @@ def as_number(valid: Range) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
             return valid.check("", valid.kind(text))
-        except ValueError:
+        except (ValueError, InputError):
             raise argparse.ArgumentTypeError(f"has to be {valid}, not {text!r}") from None
 
     return read
@@ -134,6 +133,8 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("LO", "HI"),
         help="approximation: apply guidance only in this part of the steps (default: 0 1)",
     )
+    single = "draw the target class alone, with a white mask and a one-hot label: the method's baseline"
+    method.add_argument("--single_class", action="store_true", help=single)
     _add_number(method, "num_inference_steps", 25, "N", "denoising steps")
     _add_number(method, "seed", 0, "S", "determines classes, boxes and noise")
     _add_number(method, "resolution", None, "PIXELS", "side of a picture (default: 512, digits 32)")
@@ -166,20 +167,21 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argp
     find_checkpoint_files(options.ckpt_path)
     check_model(options.model, options.resolution)
     check_prompt(options.prompt)
-    low, high = options.guidance_interval
-    if low > high:
-        raise InputError(f"--guidance_interval: {low} is above {high}; give the lower end first")
+    check_guidance_interval(*options.guidance_interval)
     check_writable(options.output_dir)
     return options
 
 
 def check_model(model: str, resolution: int) -> None:
     """Check that a model is a folder or may be a hub id, and accepts the resolution. Raises InputError."""
+    if Path(model).is_file():
+        folder = Path(model).stem
+        convert = f"StableDiffusionPipeline.from_single_file({model!r}).save_pretrained({folder!r})"
+        command = shlex.join(["python", "-c", f"from diffusers import StableDiffusionPipeline; {convert}"])
+        raise InputError(f"--model: {model} is a single file; convert it once, and give the new folder: {command}")
     if not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@\w[\w./-]*)?", model):
         raise InputError(f"--model: {model} is no folder, and no id on the hub; give one or the other")
-    factor = read_vae_factor(model)
-    if resolution % factor:
-        raise InputError(f"--resolution: has to be a multiple of {factor}, not {resolution}")
+    check_resolution(resolution, read_vae_factor(model))
 
 
 def check_text(arguments: list[str]) -> None:

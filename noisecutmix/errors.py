@@ -1,16 +1,12 @@
 """Errors that the user can fix: each message is one line that says what to do."""
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """A flag or a file is wrong. The message names it; no data was changed."""
 
 
-class RunError(RuntimeError):
+class RunError(Exception):
     """The run cannot continue. Every finished file is whole; the message says what to do."""
-
-
-class PeerStoppedError(RunError):
-    """Another process of the launch stopped; that process prints the reason."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

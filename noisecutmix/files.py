@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, written while the device draws; PNG files; the lock of a folder."""
+"""Files that are either whole or absent, written while the device draws; PNG files."""
 
 import contextlib
 import io
@@ -6,38 +6,34 @@ import os
 import struct
 import tempfile
 import uuid
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo, putchunk
 
 from .errors import InputError
 
-LOCK_TIMEOUT = 1  # seconds; without flock in the file system, the lock of a killed run is removed at the second try
 PNG_COLOR_TYPES = {"L": 0, "RGB": 2}
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+TEMPORARY_NAME = r"\..+\.[0-9a-f]{32}\.tmp"
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # unique to this process
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
-    """Open a new file that replaces `path` only once it is whole: written under a temporary name, synced, renamed.
-
-    Args:
-        path: the file.
-        check: called just before the file is renamed; if it raises, `path` stays as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # unique to this process
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file that replaces `path` only once it is whole: written under a temporary name, synced, renamed."""
+    temporary = _temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        check()
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -47,55 +43,62 @@ def atomic_file(path: Path, check: Callable[[], None] = lambda: None) -> Iterato
         raise
 
 
-def write_png(path: Path, image: Image.Image, comment: str = "", check: Callable[[], None] = lambda: None) -> None:
-    """Write a PNG atomically, at zlib level 1: two to three times faster than Pillow's default.
+def create_file(path: Path, content: bytes) -> None:
+    """Create a file unless it exists. Of several processes that do so at once, one succeeds; none replaces the file."""
+    temporary = _temporary_name(path)
+    try:
+        with atomic_file(temporary) as file:
+            file.write(content)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # the file system has no hard links
+            try:
+                with open(path, "xb") as new_file:
+                    new_file.write(content)
+            except FileExistsError:
+                if not path.stat().st_size:  # the process that created it was killed before it wrote
+                    os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    Args:
-        path: the file.
-        image: the picture.
-        comment: an ASCII text that the file holds, too.
-        check: see `atomic_file`.
-    """
-    chunks = PngInfo()
+
+def write_png(path: Path, image: Image.Image, comment: str = "") -> None:
+    """Write a PNG with an ASCII comment atomically, at zlib level 1: two to three times as fast as by default."""
+    chunks, buffer = PngInfo(), io.BytesIO()
     if comment:
         chunks.add_text("Comment", comment)
-    buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1, pnginfo=chunks)
-    with atomic_file(path, check) as file:
+    with atomic_file(path) as file:
         file.write(buffer.getvalue())
 
 
-def first_bytes_of_png(side: int, mode: str, comment: str = "") -> bytes:
+def first_bytes_of_png(side: int, mode: str, comment: str) -> bytes:
     """Return the first bytes of a file of `write_png`: signature, header, comment (PNG specification, section 11)."""
     start = io.BytesIO()
     start.write(b"\x89PNG\r\n\x1a\n")
     putchunk(start, b"IHDR", struct.pack(">IIBBBBB", side, side, 8, PNG_COLOR_TYPES[mode], 0, 0, 0))
-    if comment:
-        putchunk(start, b"tEXt", b"Comment\0" + comment.encode())
+    putchunk(start, b"tEXt", b"Comment\0" + comment.encode())
     return start.getvalue()
 
 
 def has_ends_of_png(file: Path, first_bytes: bytes) -> bool:
-    """Return whether a file starts with these bytes and ends as a PNG does, that is, was written completely.
-
-    Raises:
-        OSError: it cannot be read, or is not there.
-    """
-    with open(file, "rb", buffering=0) as content:
-        if content.read(len(first_bytes)) != first_bytes:
-            return False
-        content.seek(-len(PNG_END), os.SEEK_END)
-        return content.read() == PNG_END
+    """Return whether a file is there, starts with these bytes, and ends as a PNG does, that is, is complete."""
+    try:
+        with open(file, "rb", buffering=0) as content:
+            if content.read(len(first_bytes)) != first_bytes:
+                return False
+            content.seek(-len(PNG_END), os.SEEK_END)
+            return content.read() == PNG_END
+    except (FileNotFoundError, IsADirectoryError):
+        return False
 
 
 def decode_png(file: Path) -> Image.Image | None:
-    """Return the picture of an undamaged PNG file, None where it is damaged or of another format.
-
-    Raises:
-        OSError: it cannot be read, or is not there.
-    """
-    content = file.read_bytes()
+    """Return the picture of an undamaged PNG file, None where it is damaged, missing, or of another format."""
     try:
+        content = file.read_bytes()
         Image.open(io.BytesIO(content), formats=["PNG"]).verify()  # the checksum of every chunk
         image = Image.open(io.BytesIO(content), formats=["PNG"])
         image.load()
@@ -107,18 +110,21 @@ def decode_png(file: Path) -> Image.Image | None:
 class BackgroundWriter:
     """Threads that write one batch while the device draws the next.
 
-    `submit` and leaving the context raise the error of a thread. Leaving waits until everything is written.
+    `submit`, `wait` and leaving the context raise the error of a thread. Leaving waits until everything is written.
     """
 
-    def __init__(self, write: Callable[..., None]):
+    def __init__(self, write: Callable[[Any, Any], None]):
         self._write = write
         self._pool = ThreadPoolExecutor(8)
         self._pending: Iterator[None] = iter(())
 
-    def submit(self, *columns: Sequence[Any]) -> None:
-        """Wait until the previous batch is written, then start to write this one; columns as `map` takes them."""
+    def submit(self, batch: Iterable[tuple[Any, Any]]) -> None:
+        """Wait until the previous batch is written, then start to write this one: pairs of arguments of `write`."""
+        self.wait()
+        self._pending = self._pool.map(lambda pair: self._write(*pair), batch)
+
+    def wait(self) -> None:
         list(self._pending)
-        self._pending = self._pool.map(self._write, *columns)
 
     def __enter__(self) -> "BackgroundWriter":
         return self
@@ -126,7 +132,7 @@ class BackgroundWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown()
         if kind is None:
-            list(self._pending)
+            self.wait()
 
 
 def check_writable(folder: Path) -> None:
@@ -147,34 +153,3 @@ def check_writable(folder: Path) -> None:
             raise InputError(
                 f"`output_dir`: {place} cannot be written: {error.strerror}; allow writing or choose another folder"
             ) from error
-
-
-@contextlib.contextmanager
-def hold_folder(root: Path) -> Iterator[None]:
-    """Lock a folder while the context lasts. A folder created here is removed in the end if nothing was written.
-
-    Raises:
-        InputError: another run holds the folder, or it cannot be written. The message names `output_dir`.
-    """
-    new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
-    lock = FileLock(root / ".lock", timeout=LOCK_TIMEOUT)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # filelock warns if the file system has no flock
-            lock.acquire()
-    except Timeout as error:
-        raise InputError(f"`output_dir`: another run is writing into {root}; wait or choose another folder") from error
-    except OSError as error:
-        raise InputError(f"`output_dir`: {root} cannot be written: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        is_unused = bool(new_folders) and [file.name for file in root.glob("*")] == [".lock"]
-        if is_unused and os.name != "nt":
-            (root / ".lock").unlink()  # before the release: after it, the file may be another run's
-        lock.release()
-        if is_unused:
-            with contextlib.suppress(OSError):  # another run uses the folder already
-                for folder in new_folders:
-                    folder.rmdir()

@@ -1,209 +1,277 @@
-"""The output folder of a data set: which run may write into it, what is missing, and how it is completed."""
+"""The output folder of a data set. Any number of processes fill it at once, and need not know of each other.
+
+Every file is a pure function of the options and its index, is written under another name and then renamed, and each
+picture names the options and its index in its first bytes. So a process only adds files that are missing or are not
+those that it would write. What it does not see, because of a crash, a cache or another process, costs time and nothing
+else.
+"""
 
 import contextlib
+import hashlib
+import io
+import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from .errors import InputError, RunError
-from .files import decode_png, hold_folder, write_png
-from .items import PARTS, ItemFiles
-from .labels import LabelFiles
+from .files import TEMPORARY_NAME, atomic_file, create_file, decode_png, first_bytes_of_png, has_ends_of_png, write_png
 from .plan import Item, Plan
 from .preview import MOST_PICTURES, draw_preview
-from .record import Record, describe_differences
+from .record import (
+    LABELS_FILE,
+    METADATA_FILE,
+    PREFIXES,
+    PREVIEW_FILE,
+    RUN_FILE,
+    Record,
+    count_digits,
+    describe_differences,
+    item_file_name,
+)
 
-WRITTEN = r"(gen|mask)_\d+\.png|preview\.png|run\.json|metadata\.jsonl|soft_label\.npy"
-TEMPORARY = re.compile(rf"\.({WRITTEN})\.[0-9a-f]{{32}}\.tmp")
-LONGEST_DELAY = 20  # seconds until a change shows on another machine of a shared file system
+MODES = {"image": "RGB", "mask": "L"}  # of the pictures, by folder
+LOOKED_AT_ONCE = 1000  # items
+ROWS_COMPARED = 1000
+LONGEST_WRITE = 3600  # seconds; an older temporary file is one of a killed process
+JSON_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 class OutputFolder:
-    """The folder of a data set.
-
-    `run.json` records how it is made. Where an image exists, its mask does, too; `soft_label.npy` and `metadata.jsonl`
-    exist only once all items do. A run calls, in this order:
-
-    1. `held`: the main process locks the folder, or refuses it;
-    2. `has_planned_labels`, `has_whole_files`: is the data set complete already?
-    3. `begin`: the main process records the run and removes what an earlier one left unfinished;
-    4. `join`: every process waits until it sees that record;
-    5. `mend`: damaged files are deleted, and the missing items are found;
-    6. `write`, item by item;
-    7. `finish`: the main process writes preview, metadata and labels.
+    """The folder of a data set: run.json, images, masks, and, once all are there, preview, metadata and labels.
 
     Args:
         root: the folder.
         plan: determines the items.
         num_items: the number of items.
         class_names: in label order.
+        options: all that the data depend on, as JSON values.
     """
 
-    def __init__(self, root: Path, plan: Plan, num_items: int, class_names: Sequence[str]):
-        self.root = root
-        self.plan = plan
-        self.num_items = num_items
-        self.class_names = class_names
-        self.identity = ""  # of the run that writes here
-        self._run_file = root / "run.json"
-        self._run_file_content = b""
-        self.items = ItemFiles(root, plan, num_items)
-        self._labels = LabelFiles(root, plan, num_items, class_names)
+    def __init__(self, root: Path, plan: Plan, num_items: int, class_names: Sequence[str], options: dict[str, Any]):
+        self.root, self.plan, self.num_items, self.class_names = root, plan, num_items, class_names
+        self._options = json.loads(json.dumps(options))
+        self._mark = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+        self._run_file, self._labels, self._metadata = (root / name for name in (RUN_FILE, LABELS_FILE, METADATA_FILE))
+        header = io.BytesIO()
+        shape = (num_items, len(class_names))
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        self._header = header.getvalue()
 
-    @contextlib.contextmanager
-    def held(self, options: dict[str, Any], overwrite: bool) -> Iterator[None]:
-        """Lock the folder, and create it if needed; a new folder is removed again if nothing is written into it.
-
-        Args:
-            options: all that determines the data, as JSON values; they must equal those of an earlier run here.
-            overwrite: the files of an earlier run will be deleted, so its options do not matter.
+    def check_usable(self) -> None:
+        """Check that a data set with these options may be drawn into the folder.
 
         Raises:
-            InputError: another run has locked the folder, it was made with other options, or not by this program.
+            InputError: the folder holds foreign files, or a data set of other options or of more items.
         """
-        self._check_usable(options, overwrite)
-        with hold_folder(self.root):
-            self._check_usable(options, overwrite)  # another run may have written before the lock was taken
-            yield
+        # looked for first, since a process that begins writes run.json first
+        foreign = [file for file in (self._metadata, self._labels) if file.exists()]
+        foreign += [file for part in PREFIXES for file in (self.root / part).glob("[!.]*")]
+        record = Record.read(self._run_file)
+        if record is None:
+            if foreign:
+                raise InputError(f"`output_dir`: {foreign[0]} is not from this program; choose another folder")
+            return
+        if not record.has_marks:
+            raise InputError(
+                f"`output_dir`: {self.root} holds a data set of an earlier version, which can be read but not "
+                "continued; choose another folder"
+            )
+        differences = describe_differences(record.options, self._options)
+        if differences:
+            raise InputError(
+                f"`output_dir`: {self.root} was made with another {differences}; "
+                "give the same options, choose another folder, or delete this one"
+            )
+        num_items = max(record.num_aug, self._count_labels())
+        if num_items > self.num_items:
+            raise InputError(
+                f"`num_aug`: {self.root} is planned for {num_items} items; ask for at least as many, or choose another "
+                "folder"
+            )
+        digits = count_digits(record.num_aug)
+        if digits < count_digits(self.num_items):
+            raise InputError(
+                f"`num_aug`: the file names in {self.root} have {digits} digits, which is enough for {10**digits} "
+                "items; choose another folder for more"
+            )
 
-    def has_planned_labels(self, every_row: bool = False) -> bool:
-        """Return whether the preview is there, and labels and metadata agree with the plan; see `LabelFiles`."""
-        return (self.root / "preview.png").is_file() and self._labels.are_as_planned(every_row)
-
-    def has_whole_files(self, indices: np.ndarray, every_pixel: bool = False) -> bool:
-        """Return whether each of these items has a whole image and a whole mask; see `ItemFiles`."""
-        return all(self.items.find_whole(part, indices, every_pixel).all() for part in PARTS)
-
-    def begin(self, options: dict[str, Any], run: dict[str, Any], overwrite: bool = False) -> None:
-        """Record this run in run.json, then remove what an interrupted or overwritten run left.
-
-        After an interruption at any moment the same command can continue: the record is written first, and says whether
-        items of an overwritten data set may still be there. No process of an earlier run can finish a file afterwards:
-        its temporary file is deleted, or it checks the record before it renames the file.
+    def begin(self, run: dict[str, Any]) -> None:
+        """Create the folder and run.json, unless another process has created them.
 
         Args:
-            options: see `held`.
-            run: further information on this run, as JSON values; `command` continues it.
-            overwrite: delete the items of an earlier run.
-        """
-        earlier = Record.read(self._run_file)
-        runs = [] if earlier is None or overwrite else earlier.runs
-        runs += [] if run in runs else [run]
-        is_cleared = earlier is None or (earlier.is_cleared and not overwrite)
-        record = Record(self.num_items, options, runs, is_cleared)
-        self.identity = record.identity
-        record.write(self._run_file)
-        for folder in (self.root, *(self.root / part for part in PARTS)):
-            folder.mkdir(exist_ok=True)
-            for entry in os.scandir(folder):
-                if TEMPORARY.fullmatch(entry.name):
-                    os.unlink(entry)
-        self._labels.delete()
-        if not record.is_cleared:
-            self.items.delete()
-            (self.root / "preview.png").unlink(missing_ok=True)
-            record.is_cleared = True
-            record.write(self._run_file)
-        self.items.rename()
-        self._run_file_content = self._run_file.read_bytes()
-
-    def join(self, identity: str) -> None:
-        """Wait until this process sees the main process's record in the folder.
+            run: what run.json records beside the options, as JSON values; `command` continues the data set.
 
         Raises:
-            InputError: it does not see it within 20 seconds, so it is not the same folder.
+            InputError: another process has just created the folder, with other options.
         """
-        end = time.monotonic() + LONGEST_DELAY
-        while (record := Record.read(self._run_file)) is None or record.identity != identity:
-            if time.monotonic() > end:
-                raise InputError(
-                    f"`output_dir`: {self.root} is not the folder of the main process; "
-                    "all machines of a launch need one shared folder"
-                )
-            time.sleep(0.5)
-        self.identity = identity
+        self.root.mkdir(parents=True, exist_ok=True)
+        content = {"num_aug": self.num_items, "options": self._options, **run}
+        create_file(self._run_file, json.dumps(content, indent=2, ensure_ascii=False).encode())
         self._run_file_content = self._run_file.read_bytes()
+        self._run_file_status = self._read_status()
+        self.check_usable()
+        for part in PREFIXES:
+            (self.root / part).mkdir(exist_ok=True)
 
-    def mend(self, indices: np.ndarray, every_pixel: bool = False) -> np.ndarray:
-        """Delete damaged images, write missing masks again, and return the indices without an image, int64."""
-        has_image = self.items.find_whole("image", indices, every_pixel)
-        has_mask = self.items.find_whole("mask", indices, every_pixel)
-        for index in indices[~has_image].tolist():
-            self.items.path("image", index).unlink(missing_ok=True)
-        for index in indices[has_image & ~has_mask].tolist():
-            self.items.write_mask(self.plan.item(index), self._check_still_held)
-        missing: np.ndarray = indices[~has_image]
+    def find_missing(self, indices: Sequence[int], every_pixel: bool = False) -> list[int]:
+        """Return the items of which a file is missing, incomplete, or not the one that this data set would have.
+
+        Args:
+            indices: the items to look at.
+            every_pixel: decode each file, and compare each mask. Otherwise only the first and last bytes are read. They
+                show an incomplete file, since files are synced before they get their name.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+
+        def look(some: Sequence[int]) -> list[int]:
+            return [i for i in some if not all(self._is_whole(part, i, every_pixel) for part in PREFIXES)]
+
+        chunks = [indices[start : start + LOOKED_AT_ONCE] for start in range(0, len(indices), LOOKED_AT_ONCE)]
+        if len(chunks) == 1:
+            return look(indices)
+        missing: list[int] = []
+        with ThreadPoolExecutor() as pool, tqdm(total=len(chunks), desc="checking files", leave=False, delay=2) as bar:
+            for found in pool.map(look, chunks):
+                missing += found
+                bar.update()
         return missing
 
     def write(self, item: Item, image: Image.Image) -> None:
-        """Write the mask, then the image.
+        """Write the mask and the image of an item.
 
         Raises:
-            RunError: another run has begun in the folder.
+            RunError: run.json has disappeared or changed.
         """
-        self.items.write_mask(item, self._check_still_held)
-        write_png(self.items.path("image", item.index), image, check=self._check_still_held)
+        for part, picture in (("mask", item.mask()), ("image", image)):
+            self._check_still_ours()
+            write_png(self._path(part, item.index), picture, self._comment(item.index))
+
+    def is_complete(self, every_pixel: bool = False) -> bool:
+        """Return whether labels, metadata and preview are there and agree with the plan, and no item is missing.
+
+        Args:
+            every_pixel: compare every row and every pixel; otherwise at most 1,000 evenly spaced rows.
+        """
+        return (
+            (self.root / PREVIEW_FILE).is_file()
+            and self._has_planned_labels(self.num_items if every_pixel else min(self.num_items, ROWS_COMPARED))
+            and not self.find_missing(range(self.num_items), every_pixel)
+        )
 
     def finish(self) -> None:
-        """Write preview.png, metadata.jsonl and, last, soft_label.npy, which completes the data set.
+        """Write preview, metadata and, last, labels. Several processes may do so at once: they write the same bytes.
 
         Raises:
-            RunError: an item is missing, or another run has begun in the folder.
+            RunError: run.json has disappeared or changed, or a picture of the preview is damaged.
         """
-        for part in PARTS:
-            if missing := self.items.find_missing(part):
-                raise RunError(f"{missing} is not there; the same command continues")
-        items = [self.plan.item(index) for index in range(min(self.num_items, MOST_PICTURES))]
-        images = [self._read_image(item.index) for item in items]
-        preview = draw_preview(images, items, self.class_names)
-        write_png(self.root / "preview.png", preview, check=self._check_still_held)
-        self._labels.write(self._check_still_held)
+        self._check_still_ours()
+        if self._count_labels() > self.num_items:  # another process has continued the data set
+            return
+        items = list(self.plan.items(min(self.num_items, MOST_PICTURES)))
+        images = []
+        for item in items:
+            file = self._path("image", item.index)
+            image = decode_png(file)
+            if image is None:
+                raise RunError(f"{file} is damaged; the same command with `verify` draws it again")
+            images.append(image)
+        write_png(self.root / PREVIEW_FILE, draw_preview(images, items, self.class_names), self._mark)
+        with atomic_file(self._labels) as labels, atomic_file(self._metadata) as metadata:
+            labels.write(self._header)
+            for item in self.plan.items(self.num_items):
+                labels.write(self._label_row(item))
+                metadata.write(self._metadata_line(item))
+            self._check_still_ours()
+        for folder in (self.root, *(self.root / part for part in PREFIXES)):
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    if re.fullmatch(TEMPORARY_NAME, entry.name) and time.time() - entry.stat().st_mtime > LONGEST_WRITE:
+                        os.unlink(entry)
 
-    def describe_progress(self, overwrite: bool = False) -> str:
-        """Return "7 of 20 items are done", or "" where this run is to overwrite another and has not begun yet."""
-        record = Record.read(self._run_file)
-        if overwrite and (record is None or record.identity != self.identity):
-            return ""
-        is_cleared = record is None or record.is_cleared
-        count = sum(1 for index, _ in self.items.scan("image") if index < self.num_items) if is_cleared else 0
-        return f"{count} of {self.num_items} items are done"
+    def _path(self, part: str, index: int) -> Path:
+        return self.root / (item_file_name(part, self.num_items) % index)
 
-    def _read_image(self, index: int) -> Image.Image:
-        image = decode_png(self.items.path("image", index))
-        if image is None:
-            raise RunError(f"{self.items.path('image', index)} is damaged; the same command with `verify` continues")
-        return image
+    def _comment(self, index: int) -> str:
+        return f"NoiseCutMix {self._mark}, item {index}"
 
-    def _check_still_held(self) -> None:
-        if self._run_file.read_bytes() != self._run_file_content:
-            raise RunError(f"another run has taken {self.root}; this one stops")
+    def _is_whole(self, part: str, index: int, every_pixel: bool) -> bool:
+        file, side = self._path(part, index), self.plan.resolution
+        if not has_ends_of_png(file, first_bytes_of_png(side, MODES[part], self._comment(index))):
+            return False
+        if not every_pixel:
+            return True
+        image = decode_png(file)
+        return image is not None and (part == "image" or image.tobytes() == self.plan.item(index).mask().tobytes())
 
-    def _check_usable(self, options: dict[str, Any], overwrite: bool) -> None:
-        """Raise an InputError if a run with these options must not write into the folder."""
-        record = Record.read(self._run_file)
-        for part in PARTS:
-            for _ in self.items.scan(part):  # raises an InputError for a folder in the place of a file
-                pass
-        if record is None:
-            foreign = [file for file in (self._labels.metadata, self._labels.labels) if file.exists()]
-            foreign += [file for part in PARTS for file in (self.root / part).glob("[!.]*")]
-            if foreign:
-                raise InputError(f"`output_dir`: {foreign[0]} is not from this program; choose another folder")
-        elif not overwrite:
-            differences = describe_differences(record.options, options)
-            if differences:
-                raise InputError(
-                    f"`output_dir`: {self.root} was made with another {differences}; "
-                    "give the same, another folder, or `overwrite`"
-                )
-            if record.num_aug > self.num_items:
-                raise InputError(
-                    f"`num_aug`: {self.root} is planned for {record.num_aug} items, {self.num_items} is fewer; "
-                    "ask for at least as many, or another folder"
-                )
+    def _read_status(self) -> tuple[int, int]:
+        status = self._run_file.stat()
+        return status.st_ino, status.st_mtime_ns
+
+    def _check_still_ours(self) -> None:
+        """Raise a RunError if run.json is not the one that this process began with."""
+        try:
+            status = self._read_status()
+            if status == self._run_file_status:
+                return
+            if self._run_file.read_bytes() == self._run_file_content:  # some file systems change the inode number
+                self._run_file_status = status
+                return
+        except FileNotFoundError:
+            pass
+        raise RunError(f"{self._run_file} was deleted or replaced while this run was drawing, so it stops")
+
+    def _count_labels(self) -> int:
+        """Return the number of rows of soft_label.npy, 0 where it is missing or damaged."""
+        with contextlib.suppress(OSError, ValueError, EOFError, SyntaxError):
+            return len(np.load(self._labels, mmap_mode="r", allow_pickle=False))
+        return 0
+
+    def _has_planned_labels(self, num_compared: int) -> bool:
+        """Return whether labels and metadata have all rows, and evenly spaced ones agree with the plan."""
+        compared = set(np.linspace(0, self.num_items - 1, num_compared).astype(int).tolist())
+        row_size = 4 * len(self.class_names)
+        num_lines = 0
+        try:
+            with open(self._labels, "rb") as labels, open(self._metadata, "rb") as metadata:
+                size = os.fstat(labels.fileno()).st_size
+                if size != len(self._header) + row_size * self.num_items:
+                    return False
+                if labels.read(len(self._header)) != self._header:
+                    return False
+                for num_lines, line in enumerate(metadata, start=1):
+                    if (index := num_lines - 1) in compared:
+                        item = self.plan.item(index)
+                        labels.seek(len(self._header) + row_size * index)
+                        if line != self._metadata_line(item) or labels.read(row_size) != self._label_row(item):
+                            return False
+        except FileNotFoundError:
+            return False
+        return num_lines == self.num_items
+
+    def _label_row(self, item: Item) -> bytes:
+        return item.soft_label(len(self.class_names)).astype("<f4").tobytes()
+
+    def _metadata_line(self, item: Item) -> bytes:
+        content = {
+            "file_name": item_file_name("image", self.num_items) % item.index,
+            "mask_file_name": item_file_name("mask", self.num_items) % item.index,
+            "target_label": item.target,
+            "target_name": self.class_names[item.target],
+            "aug_label": item.aug,
+            "aug_name": self.class_names[item.aug],
+            "ratio": item.ratio,
+            "box": item.box,
+            "seed": item.noise_seed,
+        }
+        return f"{JSON_ENCODER.encode(content)}\n".encode()

@@ -13,13 +13,12 @@ from PIL import Image
 
 from .checkpoint import load_pipeline
 from .classes import DEFAULT_PROMPT, Classes, check_prompt, find_placeholders, find_repeated, load_classes
-from .cutmix import draw_mask
 from .errors import InputError, RunError, first_line, is_out_of_memory
-from .launch import say
 from .pipeline import NonFiniteImageError
 from .plan import Item, Plan
 from .quiet import quiet_libraries
-from .ranges import RANGES, Range
+from .ranges import RANGES, Range, check_resolution
+from .script import say
 
 Labels = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -41,13 +40,13 @@ class NoiseCutMixGenerator:
         prompt: a template with {name} and optionally {meta_class}.
         seed: the plan's seed; item i depends on the seed and i.
         batch_size: pictures drawn at once; halved when the device runs out of memory.
-        plan: the items to draw; it replaces `seed`, `alpha` and `resolution`.
+        plan: the items to draw; it replaces `seed`, `alpha` and `resolution`. With its `single_class`, the aug class is
+            not drawn at all, and the mask is ignored.
 
     Attributes: `class_names`, `meta_class` and `num_classes` of the data set, the pipeline `pipe`, and the `plan`.
 
     Raises:
-        InputError: the data set, the model, the checkpoint, the prompt, the device or the dtype is wrong.
-        ValueError: another argument is out of its range or has a wrong type; the message names it.
+        InputError: an argument is wrong; the message names it.
     """
 
     def __init__(
@@ -69,36 +68,25 @@ class NoiseCutMixGenerator:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         plan: Plan | None = None,
     ):
-        for name, value, kind, wanted in (
-            ("data_name", data_name, str | Path | Classes, "the name of a data set, a .json file or a Classes"),
-            ("ckpt_path", ckpt_path, str | Path | None, "a folder"),
-            ("model", model, str | Path | None, "a hub id or a folder"),
-            ("meta_class", meta_class, str | None, "a text"),
-            ("prompt", prompt, str, "a text"),
-        ):
-            if not isinstance(value, kind):
-                raise ValueError(f"`{name}`: has to be {wanted}, not {value!r}")
         self.batch_size = RANGES["batch_size"].check("batch_size", batch_size)
         check_prompt(prompt)
         classes = data_name if isinstance(data_name, Classes) else load_classes(str(data_name))
         self.class_names = list(classes.names if class_names is None else class_names)
-        if isinstance(class_names, str) or not all(isinstance(name, str) for name in self.class_names):
-            raise ValueError(f"`class_names`: has to be a list of names, not {class_names!r}")
         if find_repeated(self.class_names):
-            raise ValueError(f"`class_names`: {find_repeated(self.class_names)!r} occurs twice")
+            raise InputError(f"`class_names`: {find_repeated(self.class_names)!r} occurs twice")
         self.meta_class = classes.meta_class if meta_class is None else meta_class
         self.num_classes = len(self.class_names)
         resolution = classes.resolution if resolution is None else resolution
         self.plan = Plan(seed, self.num_classes, alpha, resolution) if plan is None else plan
         if self.plan.num_classes != self.num_classes:
-            raise ValueError(f"`plan`: is for {self.plan.num_classes} classes, the data set has {self.num_classes}")
+            raise InputError(f"`plan`: is for {self.plan.num_classes} classes, the data set has {self.num_classes}")
         ckpt_path = classes.ckpt_path if ckpt_path is None else ckpt_path
         if ckpt_path is None:
             raise InputError("`ckpt_path`: a data set of your own needs the folder of its Diff-Mix checkpoint")
 
         self.pipe = load_pipeline(str(classes.model if model is None else model), ckpt_path, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
-        self._check_resolution(self.plan.resolution)
+        check_resolution(self.plan.resolution, self.pipe.vae_scale_factor)
         self.pipe.check_steps(num_inference_steps, guidance_scale, guidance_interval)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
@@ -139,23 +127,23 @@ class NoiseCutMixGenerator:
             pictures of 0 and 255.
 
         Raises:
-            ValueError: a label is not a whole number or out of range, target and aug class are the same, or
+            InputError: a label is not a whole number or out of range, target and aug class are the same, or
                 `resolution` is not a multiple of the VAE's factor.
             RunError: the device is out of memory at batch size 1, or a picture is not finite.
         """
         targets = self._as_labels("target_labels", target_labels)
         augs = [None] * len(targets) if aug_labels is None else self._as_labels("aug_labels", aug_labels)
         if len(augs) != len(targets):
-            raise ValueError(f"`aug_labels`: has to hold {len(targets)} labels, not {len(augs)}")
+            raise InputError(f"`aug_labels`: has to hold {len(targets)} labels, not {len(augs)}")
         plan = self.plan if resolution is None else replace(self.plan, resolution=resolution)
-        self._check_resolution(plan.resolution)
+        check_resolution(plan.resolution, self.pipe.vae_scale_factor)
         items = [plan.item(self._next_index + i, *pair) for i, pair in enumerate(zip(targets, augs))]
         images = self.draw(items)
         self._next_index += len(items)
         labels = [item.soft_label(self.num_classes) for item in items]
         if not return_mask:
             return images, labels
-        return images, labels, [draw_mask(item.box, plan.resolution, plan.resolution) for item in items]
+        return images, labels, [item.mask() for item in items]
 
     def draw(self, items: Sequence[Item]) -> list[Image.Image]:
         """Return the items' pictures, RGB, in order.
@@ -163,11 +151,11 @@ class NoiseCutMixGenerator:
         When the device is out of memory, the batch size is halved permanently and the batch is tried again.
 
         Raises:
-            ValueError: the items have several resolutions.
+            InputError: the items have several resolutions.
             RunError: the device is out of memory at batch size 1, or a picture is not finite.
         """
         if len({item.resolution for item in items}) > 1:
-            raise ValueError("`items`: have to be of one resolution; use one call for each resolution")
+            raise InputError("`items`: have to be of one resolution; use one call for each resolution")
         images: list[Image.Image] = []
         while len(images) < len(items):
             batch = items[len(images) : len(images) + self.batch_size]
@@ -215,33 +203,24 @@ class NoiseCutMixGenerator:
 
     def _as_labels(self, name: str, labels: Labels) -> list[int]:
         valid = Range(int, 0, self.num_classes - 1)
-        try:
-            values = [x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x for x in labels]
-        except TypeError as error:
-            raise ValueError(f"`{name}`: has to be a list of labels, not {labels!r}") from error
-        return [valid.check(name, value) for value in values]
-
-    def _check_resolution(self, resolution: int) -> None:
-        factor = self.pipe.vae_scale_factor
-        if resolution % factor:
-            raise InputError(f"`resolution`: has to be a multiple of {factor}, not {resolution}")
+        return [valid.check(name, x.item() if isinstance(x, torch.Tensor) else x) for x in labels]
 
     def _draw_batch(self, items: Sequence[Item]) -> list[Image.Image]:
         batch = list(items)
-        resolution = batch[0].resolution
         if self._pads_batches:
             batch += [batch[-1]] * (self.batch_size - len(batch))
+        is_mixed = not self.plan.single_class
         try:
             images: list[Image.Image] = self.pipe(
-                mask=[draw_mask(item.box, resolution, resolution) for item in batch],
-                height=resolution,
-                width=resolution,
+                mask=[item.mask() for item in batch] if is_mixed else None,
+                height=batch[0].resolution,
+                width=batch[0].resolution,
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
                 guidance_interval=self.guidance_interval,
                 generator=[torch.Generator().manual_seed(item.noise_seed) for item in batch],
                 prompt_1_embeds=self._encode([self._prompts[item.target] for item in batch]),
-                prompt_2_embeds=self._encode([self._prompts[item.aug] for item in batch]),
+                prompt_2_embeds=self._encode([self._prompts[item.aug] for item in batch]) if is_mixed else None,
                 negative_prompt_embeds=self._encode([""] * len(batch)),
                 return_dict=False,
             )[0]
@@ -269,10 +248,20 @@ def create_generator(options: argparse.Namespace, device: str, plan: Plan) -> No
         InputError: model, checkpoint or prompt are wrong.
         RunError: the device has too little memory, or PyTorch cannot compile here.
     """
-    names = "ckpt_path guidance_scale guidance_interval num_inference_steps model dtype prompt batch_size"
-    arguments = {name: getattr(options, name) for name in names.split()}
     try:
-        generator = NoiseCutMixGenerator(device, options.classes, plan=plan, **arguments)
+        generator = NoiseCutMixGenerator(
+            device,
+            options.classes,
+            options.ckpt_path,
+            guidance_scale=options.guidance_scale,
+            num_inference_steps=options.num_inference_steps,
+            model=options.model,
+            dtype=options.dtype,
+            prompt=options.prompt,
+            batch_size=options.batch_size,
+            guidance_interval=options.guidance_interval,
+            plan=plan,
+        )
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .errors import RunError, is_out_of_memory
 from .inputs import Mask, Prompt, count_prompts, to_mask_pictures
-from .ranges import RANGES, Range, is_whole_number
+from .ranges import RANGES, Range, check_guidance_interval
 
 DECODED_AT_ONCE = 8
 
@@ -92,7 +92,8 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
 
         Args:
             prompt_1: the prompt, or list of prompts, where the mask is white.
-            prompt_2: the prompt, or list of prompts, where it is black; as many as in `prompt_1`, of the same type.
+            prompt_2: the prompt, or list of prompts, where it is black; as many as in `prompt_1`. Without it there is
+                no mask, and `prompt_1` governs the whole picture, as in Stable Diffusion.
             mask: one mask for each prompt, of the picture's size: a PIL picture without transparency (its grey level;
                 modes F and I: 0 to 1), or an array (height, width) of uint8 0 to 255 or float 0 to 1, also as a batch
                 (B, height, width). White is 1. Values are rounded to multiples of 1/255.
@@ -106,13 +107,13 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             latents: the initial noise (B, channels, height / factor, width / factor).
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in diffusers; the tensors are "latents",
-                "prompt_embeds" (3B or 2B, tokens, width) and "mask" (B, 1, h, w). Their shapes must not change.
+                "prompt_embeds" (3B, 2B or B, tokens, width) and "mask" (B, 1, h, w). Their shapes must not change.
             guidance_interval: guide only between these fractions of the steps, 0 to 1. (0, 1) is the method; less is a
                 faster approximation (Kynkäänniemi et al., 2024, arXiv 2404.07724).
             prompt_1_embeds, prompt_2_embeds, negative_prompt_embeds: encoded prompts (B, tokens, width), not texts.
 
         Raises:
-            TypeError, ValueError: an argument is wrong; the message names it and its value.
+            InputError, ValueError: an argument is wrong; the message names it and its value.
             NonFiniteImageError: a decoded picture contains nan or infinity.
         """
         # 0. Default height and width
@@ -125,32 +126,42 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         # diffusers' own callbacks have an attribute for the tensors that they need
         tensor_names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         self.check_steps(num_inference_steps, guidance_scale, guidance_interval)
-        batch_size = self.check_inputs(
-            prompt_1, prompt_2, height, width, negative_prompt, num_images_per_prompt, generator, latents, output_type,
-            tensor_names, prompt_1_embeds, prompt_2_embeds, negative_prompt_embeds,
-        )  # fmt: skip
-        masks = to_mask_pictures(mask, batch_size, height, width)
+        factor = self.vae_scale_factor
+        if height % factor or width % factor:
+            raise ValueError(f"`height` and `width` have to be multiples of {factor} but are {height} and {width}.")
+        batch_size = count_prompts(
+            {"prompt_1": prompt_1, "prompt_2": prompt_2, "negative_prompt": negative_prompt},
+            {"prompt_1": prompt_1_embeds, "prompt_2": prompt_2_embeds, "negative_prompt": negative_prompt_embeds},
+        )
+        is_mixed = prompt_2 is not None or prompt_2_embeds is not None
+        if is_mixed != (mask is not None):
+            raise ValueError("Give `prompt_2` and `mask` together: one mask for each prompt.")
 
         # 2. Define call parameters
         device = self._execution_device
         self._guidance_scale = guidance_scale
         self._interrupt = False
         num_images = batch_size * num_images_per_prompt
-        latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
 
         # 3. Encode the prompts
-        embeds_1, uncond_embeds = self.encode_prompt(
+        prompt_embeds, uncond_embeds = self.encode_prompt(
             prompt_1, device, num_images_per_prompt, guidance_scale > 1, negative_prompt,
             prompt_embeds=prompt_1_embeds, negative_prompt_embeds=negative_prompt_embeds,
         )  # fmt: skip
-        embeds_2, _ = self.encode_prompt(prompt_2, device, num_images_per_prompt, False, prompt_embeds=prompt_2_embeds)
-        prompt_embeds = torch.cat([embeds_1, embeds_2])  # (2B, tokens, width)
+        if is_mixed:
+            embeds_2, _ = self.encode_prompt(
+                prompt_2, device, num_images_per_prompt, False, prompt_embeds=prompt_2_embeds
+            )
+            prompt_embeds = torch.cat([prompt_embeds, embeds_2])  # (2B, tokens, width)
         if guidance_scale > 1:
             prompt_embeds = torch.cat([prompt_embeds, uncond_embeds])  # (3B, tokens, width)
 
         # 4. Prepare the masks: (B, 1, h, w), 1 where prompt_1 counts, smooth at the border
-        latent_mask = self.mask_processor.preprocess(masks, height=latent_height, width=latent_width)
-        latent_mask = latent_mask.repeat_interleave(num_images_per_prompt, dim=0).to(device, prompt_embeds.dtype)
+        latent_mask = None
+        if mask is not None:
+            masks = to_mask_pictures(mask, batch_size, height, width)
+            latent_mask = self.mask_processor.preprocess(masks, height=height // factor, width=width // factor)
+            latent_mask = latent_mask.repeat_interleave(num_images_per_prompt, dim=0).to(device, prompt_embeds.dtype)
 
         # 5. Prepare timesteps; without a begin index the scheduler would search for each step on the host
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -176,9 +187,9 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
                 if self.interrupt:
                     continue
 
-                # one call for all estimates: prompt_1, prompt_2 and, where guided, the empty prompt
+                # one call for all estimates: prompt_1, prompt_2 where mixed, and the empty prompt where guided
                 is_guided = self.guidance_scale > 1 and start <= i / len(timesteps) < end
-                branches = 3 if is_guided else 2
+                branches = 1 + is_mixed + is_guided
                 latent_model_input = torch.cat([latents] * branches)  # (3B, channels, h, w)
                 latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
                 estimates = self.unet(
@@ -188,17 +199,22 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
                     return_dict=False,
                 )[0].chunk(branches)  # each (B, channels, h, w)
 
-                noise_estimate = latent_mask * estimates[0] + (1 - latent_mask) * estimates[1]
+                noise_estimate = estimates[0]
+                if latent_mask is not None:
+                    noise_estimate = latent_mask * estimates[0] + (1 - latent_mask) * estimates[1]
                 if is_guided:
-                    noise_estimate = estimates[2] + self.guidance_scale * (noise_estimate - estimates[2])
+                    noise_estimate = estimates[-1] + self.guidance_scale * (noise_estimate - estimates[-1])
 
                 latents = self.scheduler.step(noise_estimate, t, latents, **step_options, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds, "mask": latent_mask}
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    tensors |= {} if latent_mask is None else {"mask": latent_mask}
                     chosen = {name: tensors[name] for name in tensor_names}
                     tensors |= _check_changes(callback_on_step_end(self, i, t, chosen) or {}, tensors)
-                    latents, prompt_embeds, latent_mask = tensors["latents"], tensors["prompt_embeds"], tensors["mask"]
+                    latents, prompt_embeds, latent_mask = (
+                        tensors["latents"], tensors["prompt_embeds"], tensors.get("mask"),
+                    )  # fmt: skip
                 progress_bar.update()
 
         # 8. Decode
@@ -219,47 +235,13 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
     def check_steps(
         self, num_inference_steps: int, guidance_scale: float, guidance_interval: tuple[float, float]
     ) -> None:
-        """Check the arguments of `__call__` that describe the denoising steps."""
+        """Raise an InputError if the arguments of `__call__` that describe the denoising steps are wrong."""
         schedule, most = self.scheduler.config, self.scheduler.config.num_train_timesteps
         if isinstance(self.scheduler, DPMSolverMultistepScheduler):  # divides by differences of noise levels
             most -= 1 + (schedule.timestep_spacing == "leading") * schedule.steps_offset  # more would repeat a level
         Range(int, 1, most).check("num_inference_steps", num_inference_steps)
         RANGES["guidance_scale"].check("guidance_scale", guidance_scale)
-        for fraction in guidance_interval:
-            RANGES["guidance_interval"].check("guidance_interval", fraction)
-        if len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]:
-            raise ValueError(f"`guidance_interval` has to rise within 0 to 1 but is {guidance_interval}.")
-
-    def check_inputs(
-        self, prompt_1: Prompt | None, prompt_2: Prompt | None, height: int, width: int,
-        negative_prompt: Prompt | None, num_images_per_prompt: int,
-        generator: torch.Generator | list[torch.Generator] | None, latents: torch.Tensor | None, output_type: str,
-        tensor_names: tuple[str, ...] | list[str], prompt_1_embeds: torch.Tensor | None,
-        prompt_2_embeds: torch.Tensor | None, negative_prompt_embeds: torch.Tensor | None,
-    ) -> int:  # fmt: skip
-        """Check all other arguments of `__call__`, and return the number of prompts."""
-        batch_size = count_prompts(
-            {"prompt_1": prompt_1, "prompt_2": prompt_2, "negative_prompt": negative_prompt},
-            {"prompt_1": prompt_1_embeds, "prompt_2": prompt_2_embeds, "negative_prompt": negative_prompt_embeds},
-        )
-        factor = self.vae_scale_factor
-        if any(not is_whole_number(side) or side < 1 or side % factor for side in (height, width)):
-            raise ValueError(f"`height` and `width` have to be multiples of {factor} but are {height} and {width}.")
-        Range(int, 1).check("num_images_per_prompt", num_images_per_prompt)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` has to be pil, np, pt or latent but is {output_type!r}.")
-        num_images = batch_size * num_images_per_prompt
-        shape = (num_images, self.unet.config.in_channels, height // factor, width // factor)
-        found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents)
-        if found not in (shape, type(None)):
-            raise ValueError(f"`latents` has to be a tensor of the shape {shape} but is {found}.")
-        generators = generator if isinstance(generator, list) else [generator] * num_images
-        if generator is not None and [type(one) for one in generators] != [torch.Generator] * num_images:
-            raise ValueError(f"`generator` has to be one of torch's generators or a list of {num_images} generators.")
-        known = self._callback_tensor_inputs
-        if not set(tensor_names) <= set(known):
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be among {known} but is {tensor_names}.")
-        return batch_size
+        check_guidance_interval(*guidance_interval)
 
     @property
     def mask_processor(self) -> VaeImageProcessor:
@@ -288,7 +270,7 @@ def _check_changes(changed: dict[str, torch.Tensor], tensors: dict[str, torch.Te
     """Return what a callback changed; raise a ValueError for other names and shapes."""
     for name, tensor in changed.items():
         if name not in tensors or tensor.shape != tensors[name].shape:
-            kept = " and ".join(f"`{name}` {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            kept = " and ".join(f"`{name}` {tuple(tensors[name].shape)}" for name in tensors)
             raise ValueError(
                 f"`callback_on_step_end` returned `{name}` {tuple(tensor.shape)} but may change only {kept}: to end "
                 "guidance early, use `guidance_interval`."

@@ -1,10 +1,9 @@
 """preview.png: a grid of the first pictures, with boxes and captions."""
 
+import contextlib
 import functools
-import importlib.util
 import unicodedata
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -19,7 +18,7 @@ TARGET_COLOR = (214, 39, 40)
 AUG_COLOR = (31, 119, 180)
 FONT_SIZES = range(20, 12, -1)  # in pixels, the preferred one first
 BUILT_IN = ""
-SYSTEM_FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc")
+FONTS = (BUILT_IN, "DejaVuSans.ttf", "arial.ttf")  # the built-in one has ASCII letters only
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -39,8 +38,9 @@ def draw_preview(images: Sequence[Image.Image], items: Sequence[Item], class_nam
             (item.target, item.ratio, 4, TARGET_COLOR),
             (item.aug, 1 - item.ratio, 28, AUG_COLOR),
         ):
-            text, font = _fit_caption(f"{share:.2f}", class_names[label], label)
-            ImageDraw.Draw(grid).text((left, top + SIDE + line), text, fill=color, font=font)
+            if share:
+                text, font = _fit_caption(f"{share:.2f}", class_names[label], label)
+                ImageDraw.Draw(grid).text((left, top + SIDE + line), text, fill=color, font=font)
     return grid
 
 
@@ -77,7 +77,7 @@ def _outline(grid: Image.Image, item: Item, size: tuple[int, int], left: int, to
 def _fit_caption(start: str, class_name: str, label: int) -> tuple[str, Font]:
     """Return a caption of at most the picture's width, and its font; "class 17" for a name that no font can show."""
     name = unicodedata.normalize("NFC", " ".join(class_name.split()))
-    file = next((file for file in _font_files() if _can_show(file, name)), None)
+    file = next((file for file in FONTS if _can_show(file, name)), None)
     if file is None:
         file, name = BUILT_IN, f"class {label}"
     text = f"{start} {name}".strip()
@@ -91,43 +91,29 @@ def _fit_caption(start: str, class_name: str, label: int) -> tuple[str, Font]:
     return f"{text.rstrip()}...", font
 
 
-def _font_files() -> Iterator[str]:
-    """Yield Pillow's built-in font, which only has ASCII letters, then fonts that this machine may have."""
-    yield BUILT_IN
-    yield from SYSTEM_FONTS
-    matplotlib = importlib.util.find_spec("matplotlib")  # it contains a font
-    if matplotlib and matplotlib.origin:
-        yield str(Path(matplotlib.origin).with_name("mpl-data") / "fonts" / "ttf" / "DejaVuSans.ttf")
-
-
 @functools.lru_cache
 def _load_font(file: str, size: int) -> Font:
-    try:
+    with contextlib.suppress(ImportError):  # a Pillow without FreeType has one font of one size
         if file == BUILT_IN:
             return ImageFont.load_default(size)
         # not every Pillow has the other layout engine, and captions shall look the same everywhere
         return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
-    except ImportError:  # a Pillow without FreeType has one font of one size
-        return ImageFont.load_default()
+    return ImageFont.load_default()
 
 
 def _can_show(file: str, text: str) -> bool:
-    """Return whether a font is installed and has a glyph for each letter of a text."""
+    """Return whether a font has a glyph for each letter, none of them a mark or written from right to left."""
+    if text.isascii() and text.isprintable():
+        return True
     try:
         font = _load_font(file, FONT_SIZES[0])
-    except OSError:
+    except OSError:  # the font is not installed
         return False
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        return text.isascii() and text.isprintable()
-    missing = _draw_letter(font, "\uffff")  # U+FFFF is not a character: this draws the box for a missing glyph
-    return all(_is_simple(letter) and _draw_letter(font, letter) != missing for letter in text)
-
-
-def _draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
-    mask = font.getmask(letter)
-    return mask.size, bytes(mask)
-
-
-def _is_simple(letter: str) -> bool:
-    """Return whether a letter is drawn on its own: not from right to left, and not a mark on another letter."""
-    return unicodedata.bidirectional(letter) not in ("R", "AL") and not unicodedata.category(letter).startswith("M")
+    if file == BUILT_IN or not isinstance(font, ImageFont.FreeTypeFont):
+        return False
+    missing = bytes(font.getmask("\uffff"))  # U+FFFF is not a character: this draws the box for a missing glyph
+    is_simple = all(
+        unicodedata.bidirectional(letter) not in ("R", "AL") and not unicodedata.category(letter).startswith("M")
+        for letter in text
+    )
+    return is_simple and all(bytes(font.getmask(letter)) != missing for letter in text)

@@ -1,4 +1,4 @@
-"""The valid ranges of numbers, for the flags and in Python. Imports no numpy."""
+"""The valid values of options, for the flags and in Python. Imports no numpy."""
 
 import contextlib
 import math
@@ -42,11 +42,6 @@ class Range:
         raise InputError(f"`{name}`: has to be {self}, not {value!r}")
 
 
-def is_whole_number(value: object) -> TypeGuard[int]:
-    """Return whether `value` is an integer of Python or numpy, and not a bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 RANGES = {
     # outside this range, boxes do not change with alpha: each covers all, nothing, or half of the picture
     "alpha": Range(float, 1e-6, 1e6),
@@ -59,3 +54,27 @@ RANGES = {
     "resolution": Range(int, 1, 8192),
     "seed": Range(int, 0, 2**63 - 1),
 }
+
+
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Return whether `value` is an integer of Python or numpy, and not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_guidance_interval(low: float, high: float) -> None:
+    """Raise an InputError unless these are fractions of the denoising steps, the lower one first."""
+    for fraction in (low, high):
+        RANGES["guidance_interval"].check("guidance_interval", fraction)
+    if low > high:
+        raise InputError(f"`guidance_interval`: {low} is above {high}; give the lower end first")
+
+
+def check_resolution(resolution: int, factor: int) -> None:
+    """Raise an InputError unless the side of a picture is a multiple of the VAE's factor, both in pixels."""
+    if resolution % factor:
+        raise InputError(f"`resolution`: has to be a multiple of {factor}, not {resolution}")
+
+
+def default_dtype(device: str) -> str:
+    """Return the dtype of a model's weights where none is given."""
+    return "float16" if device.startswith("cuda") else "float32"

@@ -1,106 +1,88 @@
-"""run.json: the record of a data set's options and runs, and the comparison of two records."""
+"""The files of a data set: their names; run.json, which says how the data set is made; fingerprints of its sources."""
 
 import argparse
 import hashlib
 import json
 import sys
-import uuid
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from . import __version__
 from .errors import InputError
-from .files import atomic_file
+from .ranges import default_dtype
 from .sources import find_checkpoint_files, find_model
 
+RUN_FILE, LABELS_FILE, METADATA_FILE, PREVIEW_FILE = "run.json", "soft_label.npy", "metadata.jsonl", "preview.png"
+PREFIXES = {"image": "gen", "mask": "mask"}  # of an item's files, by folder
+LEAST_DIGITS = 4
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
-SAMPLED_BYTES = 2**20
 LONGEST_SHOWN = 120  # characters
+READ_AT_ONCE = 2**24  # bytes
 
 
-def fingerprint_files(root: Path, files: Iterable[Path]) -> str:
-    """Return a SHA-256 of the files' names below `root`, their sizes, and the first and last MiB of each.
-
-    Two fine-tuned models differ there, so gigabytes need not be read.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        try:
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(root).as_posix()} {size}\n".encode())
-            with open(file, "rb") as content:
-                digest.update(content.read(SAMPLED_BYTES))
-                content.seek(max(size - SAMPLED_BYTES, 0))
-                digest.update(content.read(SAMPLED_BYTES))
-        except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
+def count_digits(num_items: int) -> int:
+    """Return how many digits the file names of a data set have, so that they sort in row order."""
+    return max(LEAST_DIGITS, len(str(num_items - 1)))
 
 
-def fingerprint_model(model: str, prefers_half: bool) -> str:
-    """Return the fingerprint of the files of a model that `find_model` selects."""
-    folder, _, files = find_model(model, prefers_half)
-    return fingerprint_files(folder, files)
+def item_file_name(part: str, num_items: int) -> str:
+    """Return "image/gen_%04d.png" or "mask/mask_%04d.png", to be filled in with the item's index."""
+    return f"{part}/{PREFIXES[part]}_%0{count_digits(num_items)}d.png"
 
 
-def fingerprint_checkpoint(ckpt_path: Path) -> str:
-    """Return the fingerprint of the files of a checkpoint."""
-    return fingerprint_files(ckpt_path, (file for file in find_checkpoint_files(ckpt_path) if file.exists()))
-
-
-@dataclass
+@dataclass(frozen=True)
 class Record:
-    """The content of run.json.
+    """The content of run.json: how the run that created the data set was started.
 
     Args:
-        num_aug: the number of items that the folder is planned for.
-        options: all options that the data depend on, as JSON values; the same for every run in a folder.
-        runs: for each run the other options, the command, the machine and the versions.
-        is_cleared: False while the folder may still hold items of an overwritten data set.
-        identity: of the latest run, which is the only one that may write into the folder.
+        num_aug: the number of items that run asked for.
+        options: all options that the data depend on, as JSON values (see `data_options`).
+        command: its words; the same command continues the data set.
+        has_marks: whether the pictures name their options; those of earlier versions do not.
     """
 
     num_aug: int
     options: dict[str, Any]
-    runs: list[dict[str, Any]]
-    is_cleared: bool = True
-    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
+    command: list[str]
+    has_marks: bool
 
     @classmethod
     def read(cls, file: Path) -> "Record | None":
-        """Return the record in a file, None if there is no file.
+        """Return the record in a file, None where there is no file or an empty one.
 
         Raises:
             InputError: the file cannot be read, or this program has not written it.
         """
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            num_aug, options, runs = content["num_aug"], content["options"], content["runs"]
-            are_valid = type(num_aug) is int and num_aug > 0 and isinstance(options, dict) and isinstance(runs, list)
-            if not (are_valid and runs and all(isinstance(word, str) for run in runs for word in run["command"])):
+            text = file.read_text(encoding="utf-8")
+            content = json.loads(text or "null")
+            if content is None:
+                return None
+            last_run = content["runs"][-1] if "runs" in content else content  # earlier versions listed every run
+            record = cls(content["num_aug"], dict(content["options"]), list(last_run["command"]), "runs" not in content)
+            if type(record.num_aug) is not int or record.num_aug < 1 or not record.command:
                 raise ValueError
-            return cls(num_aug, options, runs, content.get("is_cleared", True), content.get("identity", ""))
-        except FileNotFoundError:
+            return record
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror}; make it readable") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"`output_dir`: {file} is not from this program; choose another folder") from error
-
-    def write(self, file: Path) -> None:
-        with atomic_file(file) as content:
-            content.write(json.dumps(asdict(self), indent=2, ensure_ascii=False).encode())
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(f"{file} is not as this program writes it; choose another folder") from error
 
 
-def describe_shape(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Return all options that the data depend on, as JSON values. A run is continued only if all are the same."""
-    dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
+def data_options(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Return all options that the data depend on, as JSON values. A data set is continued only if all are the same.
+
+    An option that came later is left out at its default, so that a data set made before it can be continued.
+    """
+    dtype = options.dtype or default_dtype(device)
+    later = {"single_class": False}
     return {
         "seed": options.seed,
         "alpha": options.alpha,
@@ -114,26 +96,12 @@ def describe_shape(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "class_names": list(options.classes.names),
         "model": fingerprint_model(options.model, prefers_half=dtype == "float16"),
         "checkpoint": fingerprint_checkpoint(options.ckpt_path),
+        **{name: getattr(options, name) for name, default in later.items() if getattr(options, name) != default},
     }
 
 
-def check_same_as_main(own: dict[str, Any], main: dict[str, Any]) -> None:
-    """Check that this process draws the same data set as the main process: its machine may have other files.
-
-    Args:
-        own: all options that the data depend on, in this process; some may be missing.
-        main: the same in the main process.
-
-    Raises:
-        InputError: an option differs.
-    """
-    differences = describe_differences({name: main.get(name) for name in own}, own)
-    if differences:
-        raise InputError(f"the main process has another {differences}; use the same command and files in all processes")
-
-
 def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Return the record of a run beside the options that the data depend on; its `command` continues the run."""
+    """Return what run.json records of a run beside the options that the data depend on."""
     return {
         **describe_program(),
         "data_name": options.data_name,
@@ -148,7 +116,7 @@ def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
 def describe_program() -> dict[str, Any]:
     """Return the command that continues this run of a script, and the versions of the program and its libraries."""
     return {
-        "command": ["python", *(argument for argument in sys.argv if argument != "--overwrite")],
+        "command": ["python", *sys.argv],
         "versions": {"noisecutmix": __version__, **{name: version(name) for name in LIBRARIES}},
     }
 
@@ -161,3 +129,35 @@ def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
             values = f" ({there.get(name)} there, {now.get(name)} now)"
             differences.append(name + (values if len(values) < LONGEST_SHOWN else ""))
     return ", ".join(differences)
+
+
+def fingerprint_files(root: Path, files: Iterable[Path]) -> str:
+    """Return a SHA-256 of the files' names below `root`, their sizes and their contents.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with tqdm(desc="reading files", unit="B", unit_scale=True, leave=False, delay=2) as bar:
+        for file in sorted(files):
+            try:
+                name = file.relative_to(root).as_posix().encode(errors="surrogateescape")
+                digest.update(name + f" {file.stat().st_size}\n".encode())
+                with open(file, "rb") as content:
+                    while part := content.read(READ_AT_ONCE):
+                        digest.update(part)
+                        bar.update(len(part))
+            except OSError as error:
+                raise InputError(f"{file} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def fingerprint_model(model: str, prefers_half: bool) -> str:
+    """Return the fingerprint of the files of a model that `find_model` selects."""
+    folder, _, files = find_model(model, prefers_half)
+    return fingerprint_files(folder, files)
+
+
+def fingerprint_checkpoint(ckpt_path: Path) -> str:
+    """Return the fingerprint of the files of a checkpoint."""
+    return fingerprint_files(ckpt_path, (file for file in find_checkpoint_files(ckpt_path) if file.exists()))

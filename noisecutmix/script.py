@@ -1,4 +1,4 @@
-"""How a script ends: exit status, one-line messages, signals. Imports no torch."""
+"""How a script ends, and its place among the processes that were started with it. Imports no torch."""
 
 import contextlib
 import os
@@ -12,40 +12,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from .errors import InputError, PeerStoppedError, RunError
-from .launch import read_number, say
+from .errors import InputError, RunError
 
-LONGEST_ENDING = 10  # seconds from the first signal; a signal after that kills the process
+HOW_TO_CONTINUE = "run the same command again to continue"
+# the first variable that is set counts: of accelerate and torchrun, of Open MPI, of Slurm
+RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+COUNT = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM."""
-
-
-class UnfailingStream:
-    """Standard output or error, on which neither a closed pipe nor a character outside the encoding is an error."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-        stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        self._unfailing(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._unfailing(self._stream.flush)
-
-    def _unfailing(self, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except OSError:  # discard what is in the stream's buffer, and all later output
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
 
 
 class _Signals:
@@ -53,6 +30,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.first: int | None = None
+        self.is_deferred = False
         self._time = 0.0
 
     def listen(self) -> None:
@@ -63,8 +41,9 @@ class _Signals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
             self.first, self._time = number, time.monotonic()
-            raise Stopped
-        if time.monotonic() - self._time > LONGEST_ENDING:
+            if not self.is_deferred:
+                raise Stopped
+        elif time.monotonic() - self._time > 1:  # launchers send the same signal a second time, at once
             os._exit(128 + number)
 
 
@@ -76,7 +55,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     Exit status: 0 complete, 1 stopped by an error, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
-    sys.stdout, sys.stderr = UnfailingStream(sys.stdout), UnfailingStream(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        _keep_writable(stream)
     _signals.listen()
     status = 0
     try:
@@ -87,52 +67,79 @@ def run(main: Callable[[], None]) -> NoReturn:
         status = _report(error)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # do not interrupt the interpreter's shutdown
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if read_number("WORLD_SIZE") > 1:
-        os._exit(status)  # a normal exit would wait for the thread that waits for the network
     sys.exit(status)
+
+
+def is_stopping() -> bool:
+    """Return whether Ctrl-C or SIGTERM has arrived."""
+    return _signals.first is not None
 
 
 def check_signals() -> None:
     """Raise Stopped if a signal has arrived: a library may have caught the first exception."""
-    if _signals.first is not None:
+    if is_stopping():
         raise Stopped
 
 
 @contextlib.contextmanager
-def adding_progress(describe_progress: Callable[[], str], overwrite: bool) -> Iterator[None]:
-    """Add to the message of a stop or a failure how much is done, and how to continue.
-
-    Args:
-        describe_progress: returns "7 of 20 items are done", for example; if it is empty, nothing is added.
-        overwrite: this run overwrites an earlier one, so its command must not be repeated with that flag.
-    """
-    how_to_continue = f"the same command {'without --overwrite ' if overwrite else ''}continues"
+def deferring_signals() -> Iterator[None]:
+    """Let the first signal interrupt nothing while the context lasts; ask for it with `is_stopping`."""
+    _signals.is_deferred = True
     try:
         yield
-    except BaseException as error:
-        is_stop = _signals.first is not None or isinstance(error, KeyboardInterrupt)
-        if not (is_stop or isinstance(error, (OSError, RunError))):
-            raise
-        try:
-            progress = describe_progress()
-        except OSError as failure:
-            progress = describe_os_error(failure)
-        if not progress:
-            raise
-        if isinstance(error, PeerStoppedError):
-            raise PeerStoppedError(f"{error}; {progress}; {how_to_continue}") from error
-        if is_stop:
-            raise Stopped(f"stopped: {progress}; {how_to_continue}") from error
-        if isinstance(error, OSError):
-            raise RunError(f"{describe_os_error(error)}; {progress}; {how_to_continue}") from error
-        raise RunError(f"{error}; {progress}") from error
+    finally:
+        _signals.is_deferred = False
 
 
-def describe_os_error(error: OSError) -> str:
-    """Return an error of the operating system as one line, with the file's name if there is one."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+def rank_and_count() -> tuple[int, int]:
+    """Return this process's number, from 0, among the processes that were started together, and their number.
+
+    They are read from the variables of launchers, and of Slurm's job arrays. A process without them is 0 of 1.
+    """
+    count = max(_read_number(COUNT, 1), 1)
+    rank = _read_number(RANK, 0) % count
+    tasks = max(_read_number(["SLURM_ARRAY_TASK_COUNT"], 1), 1)
+    task = _read_number(["SLURM_ARRAY_TASK_ID"], 0) - _read_number(["SLURM_ARRAY_TASK_MIN"], 0)
+    return task % tasks * count + rank, tasks * count
+
+
+def say(message: str) -> None:
+    """Print one line on standard error, above a progress bar; only the first process of a launch prints."""
+    if is_first_process():
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
+
+
+def is_first_process() -> bool:
+    """Return whether this process prints: the first of its launch, of each task in a job array."""
+    return _read_number(RANK, 0) % max(_read_number(COUNT, 1), 1) == 0
+
+
+def choose_device(requested: str | None) -> str:
+    """Return the device of this process: the requested one; with None the first available of cuda, mps and cpu.
+
+    With "cuda", each process of a launch gets its own GPU.
+
+    Raises:
+        InputError: the requested device is not there.
+    """
+    if requested == "cpu":
+        return requested
+    import torch
+
+    count, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if requested is None:
+        requested = "cuda" if count else "mps" if has_mps else "cpu"
+        if requested == "cpu":
+            say("no GPU seen: running on the CPU")
+    elif requested == "mps" and not has_mps:
+        raise InputError("`device`: mps is not there; try `device=cpu`")
+    elif requested.startswith("cuda") and int(requested.partition(":")[2] or 0) >= count:
+        raise InputError(f"`device`: {requested} is not there, CUDA devices seen: {count}; try `device=cpu`")
+    if requested == "cuda" and _read_number(COUNT, 1) > 1:
+        return f"cuda:{_read_number(LOCAL_RANK, 0) % count}"
+    return requested
 
 
 def with_flags(message: str) -> str:
@@ -140,25 +147,46 @@ def with_flags(message: str) -> str:
     return re.sub(r"`(\w+)(=[^`]*)?`", r"--\1\2", message)
 
 
+def _read_number(names: "list[str] | tuple[str, ...]", default: int) -> int:
+    text = next((os.environ[name] for name in names if name in os.environ), "")
+    return int(text) if text.isdecimal() else default
+
+
+def _keep_writable(stream: Any) -> None:
+    """Let neither a letter that the terminal does not know nor a closed pipe end the run."""
+    stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    write = stream.write
+
+    def write_or_discard(text: str) -> int:
+        try:
+            return int(write(text))
+        except OSError:  # discard this and all later output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return len(text)
+
+    stream.write = write_or_discard
+
+
 def _report(error: BaseException) -> int:
     """Print why the script ends, in one line, and return the exit status."""
-    is_stop = _signals.first is not None or isinstance(error, KeyboardInterrupt)
-    if is_stop and not isinstance(error, PeerStoppedError):  # another process's stop arrives as a SIGTERM, too
-        has_progress = isinstance(error, Stopped) and str(error)
-        say(with_flags(str(error)) if has_progress else "stopped; run the same command again")
+    if is_stopping() or isinstance(error, KeyboardInterrupt):
+        say(f"stopped; {HOW_TO_CONTINUE}")
         return 128 + (_signals.first or signal.SIGINT)
-    if isinstance(error, (InputError, PeerStoppedError)):
-        if read_number("LOCAL_RANK") == 0:  # all processes of a machine fail in the same way
+    if isinstance(error, InputError):
+        if _read_number(LOCAL_RANK, 0) == 0:  # all processes of a machine fail in the same way
             _print_error(str(error))
+        return 2
+    if isinstance(error, OSError):
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        _print_error(f"{reason}; {HOW_TO_CONTINUE}")
     elif isinstance(error, RunError):
         _print_error(str(error))
-    elif isinstance(error, OSError):
-        _print_error(describe_os_error(error))
     else:  # a bug
         traceback.print_exception(error)
-    return 2 if isinstance(error, InputError) else 1
+    return 1
 
 
 def _print_error(message: str) -> None:
-    rank = f"process {read_number('RANK')}: " if read_number("RANK") else ""
-    print(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(with_flags(message).split())}", file=sys.stderr)
+    rank = _read_number(RANK, 0)
+    process = f"process {rank}: " if rank else ""
+    print(f"{Path(sys.argv[0]).name}: error: {process}{' '.join(with_flags(message).split())}", file=sys.stderr)

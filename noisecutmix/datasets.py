@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import operator
 import os
 import re
 import shlex
@@ -13,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from .errors import InputError
-from .labels import count_digits, item_file_name
-from .ranges import Range, is_whole_number
+from .ranges import Range
+from .record import LABELS_FILE, METADATA_FILE, PREFIXES, RUN_FILE, Record, count_digits, item_file_name
 
 LARGEST_SUM_ERROR = 0.01  # of a soft label; float16 of 200 classes stays well below
 
@@ -42,7 +43,7 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         self.transform = transform
         self._soft_labels: np.ndarray | None = None
         try:
-            self._check_files(self._read_run())
+            self._check_files(self._read_record().num_aug)
         except OSError as error:
             raise InputError(f"{error.filename or self.root} cannot be read: {error.strerror}") from error
 
@@ -51,13 +52,13 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         """All soft labels: float32, (items, num_classes), memory-mapped and read-only."""
         if self._soft_labels is None:
             try:
-                labels = np.load(self.root / "soft_label.npy", mmap_mode="r", allow_pickle=False)
+                labels = np.load(self.root / LABELS_FILE, mmap_mode="r", allow_pickle=False)
                 if labels.ndim != 2 or not len(labels) or labels.dtype != np.float32:
                     raise ValueError(f"it holds {labels.dtype} of the shape {labels.shape}")
             except OSError:
                 raise
             except Exception as error:  # numpy raises many kinds of errors for a damaged header
-                raise self._unfit("soft_label.npy is damaged") from error
+                raise self._unfit(f"{LABELS_FILE} is damaged") from error
             self._soft_labels = labels
         return self._soft_labels
 
@@ -68,14 +69,15 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
     @cached_property
     def file_names(self) -> list[str]:
         """The pictures' paths below `root`, in order; made on first use."""
-        return [self._file_name(index) for index in range(len(self))]
+        template = item_file_name("image", len(self))
+        return [template % index for index in range(len(self))]
 
     def __len__(self) -> int:
         return len(self.soft_labels)
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
         index = _position(index, len(self))
-        with Image.open(self.root / self._file_name(index)) as file:
+        with Image.open(self.root / (item_file_name("image", len(self)) % index)) as file:
             image = file.convert("RGB")
         label = torch.from_numpy(np.array(self.soft_labels[index]))
         return (image if self.transform is None else self.transform(image)), label
@@ -85,55 +87,48 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         state.pop("file_names", None)
         return state
 
-    def _file_name(self, index: int) -> str:
-        return item_file_name("image", index, len(self))
+    def _read_record(self) -> Record:
+        """Return the content of run.json, and set the command that completes the data set in this folder."""
+        record = Record.read(self.root / RUN_FILE)
+        if record is None:
+            raise InputError(f"{self.root} has no {RUN_FILE}; it is not a data set of augmentation.py")
+        # the folder may be a copy: the command has to repair this folder, not the original
+        pairs = zip(["", *record.command], record.command)
+        words = [word for last, word in pairs if "--output_dir" not in (last, word.partition("=")[0])]
+        self._command = shlex.join([*words, f"--output_dir={self.root}"])
+        return record
 
-    def _read_run(self) -> int:
-        """Return how many items run.json plans, and set the command that completes them in this folder."""
-        try:
-            run = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
-            num_items: int = run["num_aug"]
-            words = run["runs"][-1]["command"]
-            if not is_whole_number(num_items) or not isinstance(words, list) or not words:
-                raise TypeError
-            # the folder may be a copy: the command has to repair this folder, not the original
-            words = [w for last, w in zip(["", *words], words) if "--output_dir" not in (last, w.partition("=")[0])]
-            self._command = shlex.join([*words, f"--output_dir={self.root}"])
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{self.root} has no run.json; it is not a data set of augmentation.py") from error
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{self.root}: run.json is not as augmentation.py writes it") from error
-        if run.get("is_cleared") is False:  # the files may still be those of the overwritten data set
-            raise self._unfit("the data set is being overwritten", "continue")
-        return num_items
-
-    def _check_files(self, num_items: int) -> None:
+    def _check_files(self, num_planned: int) -> None:
         """Raise an InputError if a file is missing, or the files do not fit each other."""
-        if not all((self.root / name).is_file() for name in ("metadata.jsonl", "soft_label.npy")):
-            done = sum(1 for _ in (self.root / "image").glob("gen_*.png"))
-            raise self._unfit(f"the data set is not complete, {done} of {num_items} items are done", "continue")
-        num_labels, num_digits, num_rows = len(self), count_digits(len(self)), 0
+        if not all((self.root / name).is_file() for name in (METADATA_FILE, LABELS_FILE)):
+            done = sum(1 for _ in (self.root / "image").glob(f"{PREFIXES['image']}_*.png"))
+            raise self._unfit(f"the data set is not complete, {done} of {num_planned} items are done", "continue")
+        num_items, num_rows = len(self), 0
+        digits, template = f"%0{count_digits(num_items)}d", item_file_name("image", num_items)
+        as_written = b'{"file_name": "%s", "' % template.encode()
         try:
-            with open(self.root / "metadata.jsonl", "rb") as lines:
+            with open(self.root / METADATA_FILE, "rb") as lines:
                 for num_rows, line in enumerate(lines, start=1):
-                    name = b"image/gen_%0*d.png" % (num_digits, num_rows - 1)
+                    if num_rows > num_items:  # while a data set grows, its labels are written last
+                        break
+                    index = num_rows - 1
                     # most lines are as augmentation.py wrote them, and need not be parsed as JSON
-                    is_as_written = line.startswith(b'{"file_name": "%s", "' % name) and line.endswith(b"}\n")
-                    if not is_as_written and json.loads(line)["file_name"] != name.decode():
-                        raise ValueError(f"row {num_rows} is not of {name.decode()}")
+                    is_as_written = line.startswith(as_written % index) and line.endswith(b"}\n")
+                    if not is_as_written and json.loads(line)["file_name"] != template % index:
+                        raise ValueError(f"row {num_rows} is not of {template % index}")
         except (ValueError, LookupError, TypeError) as error:
-            raise self._unfit("metadata.jsonl is damaged") from error
-        if num_labels != num_rows:
-            raise self._unfit(f"soft_label.npy has {num_labels} rows, metadata.jsonl {num_rows}")
-        is_there = np.zeros(num_rows, dtype=bool)
-        picture = re.compile(rf"gen_([0-9]{{{num_digits}}})\.png")
+            raise self._unfit(f"{METADATA_FILE} is damaged") from error
+        if num_rows < num_items:
+            raise self._unfit(f"{LABELS_FILE} has {num_items} rows, {METADATA_FILE} {num_rows}")
+        is_there = np.zeros(num_items, dtype=bool)
+        name = re.compile(re.escape(template.partition("/")[2]).replace(digits, f"([0-9]{{{digits[2:-1]}}})"))
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root / "image") as entries:
             for entry in entries:  # to list the folder once is cheaper than to look for each file
-                match = picture.fullmatch(entry.name)
-                if match and int(match[1]) < num_rows and entry.is_file():
+                match = name.fullmatch(entry.name)
+                if match and int(match[1]) < num_items and entry.is_file():
                     is_there[int(match[1])] = True
         if not is_there.all():
-            raise self._unfit(f"{self._file_name(int(is_there.argmin()))} is missing")
+            raise self._unfit(f"{template % is_there.argmin()} is missing")
 
     def _unfit(self, problem: str, remedy: str = "repair") -> InputError:
         return InputError(f"{self.root}: {problem}; {remedy} with: {self._command}")
@@ -154,7 +149,8 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         seed: at least 0; determines which pictures are replaced, and by which.
 
     Raises:
-        ValueError: an argument has a wrong type or range, `augmented` is empty, or a label does not fit.
+        InputError: a number is out of its range, or `augmented` has another number of classes.
+        ValueError: from [i], the label does not fit.
     """
 
     def __init__(
@@ -165,17 +161,13 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         num_classes: int,
         seed: int = 0,
     ):
-        for name, data_set in (("real", real), ("augmented", augmented)):
-            if isinstance(data_set, IterableDataset) or not hasattr(data_set, "__len__"):
-                kind = type(data_set).__name__
-                raise InputError(f"`{name}`: has to be a data set with a length and items by index, not {kind}")
         Range(float, 0, 1).check("probability", probability)
         Range(int, 1).check("num_classes", num_classes)
         Range(int, 0).check("seed", seed)
-        if probability > 0 and not len(augmented):  # type: ignore[arg-type]  # torch's Dataset declares no length
-            raise InputError("`augmented` is empty.")
         if getattr(augmented, "num_classes", num_classes) != num_classes:
-            raise InputError(f"`num_classes` is {num_classes} but the augmented labels have another number of classes.")
+            raise InputError(
+                f"`num_classes`: is {num_classes}, but the augmented labels have another number of classes"
+            )
         self.real: Any = real
         self.augmented: Any = augmented
         self.probability = probability
@@ -238,8 +230,7 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
 
 def _position(index: int, length: int) -> int:
     """Return an index of 0 or more; a negative one counts from the end."""
-    if not hasattr(index, "__index__") or isinstance(index, bool):
-        raise TypeError(f"`index` has to be a whole number but is {index!r}; torch.utils.data.Subset takes several.")
+    index = operator.index(index)
     if not -length <= index < length:
         raise IndexError(f"`index` has to be below {length} but is {index}.")
-    return int(index) % length
+    return index % length
