@@ -35,14 +35,16 @@ def main() -> None:
 
         # loaded before anything is written, since model and checkpoint may be wrong
         generator = create_generator(options, device, plan)
-        folder.begin(record.describe_run(options, device))
-        draw_missing(generator, folder, options.batch_size, options.verify)
+        is_new = folder.begin(record.describe_run(options, device))
+        draw_missing(generator, folder, options.batch_size, options.verify, is_new)
         folder.finish()
     if script.is_first_process():
         print(f"{options.output_dir} is complete: {options.num_aug} items")
 
 
-def draw_missing(generator: "NoiseCutMixGenerator", folder: "OutputFolder", batch_size: int, verify: bool) -> None:
+def draw_missing(
+    generator: "NoiseCutMixGenerator", folder: "OutputFolder", batch_size: int, verify: bool, is_new: bool
+) -> None:
     """Draw the blocks of `batch_size` indices in which an item is missing, and write only the missing items.
 
     Blocks are always drawn completely, so that a picture's bytes do not depend on what an earlier run left.
@@ -53,11 +55,12 @@ def draw_missing(generator: "NoiseCutMixGenerator", folder: "OutputFolder", batc
 
     rank, count = script.rank_and_count()
     missing = folder.find_missing(range(folder.num_items), verify)
+    begins_share = len(missing) == folder.num_items and (is_new or count > 1)
     bar = tqdm(total=len(missing), unit="image", disable=not script.is_first_process())
     with BackgroundWriter(folder.write) as writer, bar:
         while missing:
             bar.total = bar.n + -(-len(missing) // count)  # the share of this process
-            for block in order_blocks(missing, batch_size, folder.num_items, rank, count):
+            for block in order_blocks(missing, batch_size, rank, count, begins_share):
                 script.check_signals()
                 if not folder.find_missing(block, verify):
                     break  # another process has drawn the block, and draws those that follow
@@ -70,24 +73,27 @@ def draw_missing(generator: "NoiseCutMixGenerator", folder: "OutputFolder", batc
                 writer.submit([(item, image) for item, image in zip(items, images) if item.index in block])
                 bar.update(len(block))
             writer.wait()
+            begins_share = False
             missing = folder.find_missing(missing, verify) or folder.find_missing(range(folder.num_items))
 
 
-def order_blocks(missing: Sequence[int], batch_size: int, num_items: int, rank: int, count: int) -> list[Sequence[int]]:
-    """Return the missing items of each block, in the order in which this process draws the blocks.
+def order_blocks(
+    missing: Sequence[int], batch_size: int, rank: int, count: int, begins_share: bool
+) -> list[Sequence[int]]:
+    """Return the missing items of each block, in the order in which process `rank` of `count` draws the blocks.
 
-    At first, process `rank` of `count` begins at its own share, and continues into the next one. Once blocks are drawn,
-    the processes spread over the blocks that are left; the first of each sequence of missing blocks comes last, since
-    it is probably being drawn. So hardly any block is drawn twice, and no process waits for another.
+    A process begins at its own share, and continues into the next one. Later the processes spread over the blocks that
+    are left, at random, since those that were started by hand have no rank. The first two of each sequence of missing
+    blocks come in a later round, since they are probably being written and drawn. So hardly any block is drawn twice.
     """
     blocks: dict[int, list[int]] = {}
     for index in missing:
         blocks.setdefault(index // batch_size, []).append(index)
-    if len(missing) == num_items:
-        order, position = list(blocks), rank / count
-    else:
-        order = [number for number in blocks if number - 1 in blocks] or list(blocks)
-        position = (rank + random.Random().random()) / count  # random, since processes started by hand have no rank
+    order, position = list(blocks), rank / count
+    if not begins_share:
+        not_first = [number for number in order if number - 1 in blocks]
+        order = [number for number in not_first if number - 2 in blocks] or not_first or order
+        position += random.Random().uniform(0.25, 0.75) / count
     start = int(position * len(order))
     return [blocks[number] for number in order[start:] + order[:start]]
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from noisecutmix import NoiseCutMixGenerator
-from noisecutmix.plan import Item, Plan, draw_mask
 from noisecutmix.folder import write_png
+from noisecutmix.plan import Item, Plan, draw_mask
 from noisecutmix.preview import AUG_COLOR, TARGET_COLOR
 
 STEP = 3  # of the 25, counted from 1

@@ -21,47 +21,55 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 TEMPORARY_NAME = r"\..+\.[0-9a-f]{32}\.tmp"
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # unique to this process
+@contextlib.contextmanager
+def _temporary_name(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` that is unique to this process; a file of that name is deleted in the end."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename = str(path)  # the error of a full disk names no file
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` only once it is whole: written under a temporary name, synced, renamed."""
-    temporary = _temporary_name(path)
-    try:
+    with _temporary_name(path) as temporary:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename = str(path)  # the error of a full disk names no file
-        raise
 
 
-def create_file(path: Path, content: bytes) -> None:
-    """Create a file unless it exists. Of several processes that do so at once, one succeeds; none replaces the file."""
-    temporary = _temporary_name(path)
-    try:
-        with atomic_file(temporary) as file:
+def create_file(path: Path, content: bytes) -> bool:
+    """Create a file unless it exists, and return whether it was created.
+
+    Of several processes that do so at once, one succeeds, and no file is replaced; an empty file counts as missing.
+    """
+    with _temporary_name(path) as temporary:
+        with open(temporary, "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         try:
             os.link(temporary, path)
+            return True
         except FileExistsError:
             pass
         except OSError:  # the file system has no hard links
-            try:
-                with open(path, "xb") as new_file:
-                    new_file.write(content)
-            except FileExistsError:
-                if not path.stat().st_size:  # the process that created it was killed before it wrote
-                    os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            with contextlib.suppress(FileExistsError), open(path, "xb") as file:
+                file.write(content)
+                return True
+        if path.stat().st_size:
+            return False
+        os.replace(temporary, path)  # the process that created it was killed before it wrote
+        return True
 
 
 def write_png(path: Path, image: Image.Image, comment: str = "") -> None:

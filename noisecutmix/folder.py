@@ -104,8 +104,8 @@ class OutputFolder:
                 "items; choose another folder for more"
             )
 
-    def begin(self, run: dict[str, Any]) -> None:
-        """Create the folder and run.json, unless another process has created them.
+    def begin(self, run: dict[str, Any]) -> bool:
+        """Create the folder and run.json, unless another process has created it; return whether this one has.
 
         Args:
             run: what run.json records beside the options, as JSON values; `command` continues the data set.
@@ -115,12 +115,13 @@ class OutputFolder:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         content = {"num_aug": self.num_items, "options": self._options, **run}
-        create_file(self._run_file, json.dumps(content, indent=2, ensure_ascii=False).encode())
+        is_new = create_file(self._run_file, json.dumps(content, indent=2, ensure_ascii=False).encode())
         self._run_file_content = self._run_file.read_bytes()
         self._run_file_status = self._read_status()
         self.check_usable()
         for part in PREFIXES:
             (self.root / part).mkdir(exist_ok=True)
+        return is_new
 
     def find_missing(self, indices: Sequence[int], every_pixel: bool = False) -> list[int]:
         """Return the items of which a file is missing, incomplete, or not the one that this data set would have.
@@ -229,11 +230,14 @@ class OutputFolder:
                 return
         except FileNotFoundError:
             pass
-        raise RunError(f"{self._run_file} was deleted or replaced while this run was drawing, so it stops")
+        raise RunError(
+            f"{self._run_file} was deleted or replaced while this run was drawing, so it stops; run the same command "
+            "again to draw into the folder"
+        )
 
     def _count_labels(self) -> int:
         """Return the number of rows of soft_label.npy, 0 where it is missing or damaged."""
-        with contextlib.suppress(OSError, ValueError, EOFError, SyntaxError):
+        with contextlib.suppress(Exception):  # numpy raises many kinds of errors for a damaged header
             return len(np.load(self._labels, mmap_mode="r", allow_pickle=False))
         return 0
 
