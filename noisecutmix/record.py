@@ -60,14 +60,15 @@ class Record:
         """
         try:
             text = file.read_text(encoding="utf-8")
-            content = json.loads(text or "null")
-            if content is None:
+            if not text:
                 return None
+            content = json.loads(text)
             last_run = content["runs"][-1] if "runs" in content else content  # earlier versions listed every run
-            record = cls(content["num_aug"], dict(content["options"]), list(last_run["command"]), "runs" not in content)
-            if type(record.num_aug) is not int or record.num_aug < 1 or not record.command:
+            num_aug, options, command = content["num_aug"], content["options"], last_run["command"]
+            is_command = isinstance(command, list) and command and all(isinstance(word, str) for word in command)
+            if not (is_command and isinstance(options, dict) and type(num_aug) is int and num_aug > 0):
                 raise ValueError
-            return record
+            return cls(num_aug, options, command, has_marks="runs" not in content)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

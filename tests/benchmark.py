@@ -63,10 +63,10 @@ from transformers.utils import logging as transformers_logging
 from noisecutmix import NoiseCutMixGenerator, NoiseCutMixPipeline, load_pipeline
 from noisecutmix.classes import DEFAULT_PROMPT, EMBEDDINGS_FILE, LORA_FILE, load_classes
 from noisecutmix.cli import positive_int
-from noisecutmix.cutmix import draw_mask
 from noisecutmix.files import BackgroundWriter
 from noisecutmix.folder import OutputFolder
 from noisecutmix.plan import Item, Plan
+from noisecutmix.record import item_file_name
 
 PARTS = ("startup", "throughput", "writer", "memory")
 LOCAL_PATHS = ("data_name", "model", "ckpt_path")
@@ -143,15 +143,15 @@ class PlainWay:
     def run(self, items: list[Item], folder: OutputFolder) -> None:
         for batch in split(items, self.setup.batch_size):
             for item, image in zip(batch, self._draw(batch)):
-                draw_mask(item.box, *image.size).save(folder.items.path("mask", item.index), compress_level=6)
-                image.save(folder.items.path("image", item.index), compress_level=6)
+                item.mask().save(picture_path(folder, "mask", item), compress_level=6)
+                image.save(picture_path(folder, "image", item), compress_level=6)
 
     def _draw(self, batch: list[Item]) -> list[Image.Image]:
         side = self.setup.resolution
         pictures = self.pipe(
             prompt_1=[self.prompts[item.target] for item in batch],
             prompt_2=[self.prompts[item.aug] for item in batch],
-            mask=[draw_mask(item.box, side, side) for item in batch],
+            mask=[item.mask() for item in batch],
             height=side,
             width=side,
             num_inference_steps=self.setup.steps,
@@ -192,9 +192,13 @@ class ScriptsWay:
             for batch in split(items, self.setup.batch_size):
                 images = self.generator.draw(batch)
                 drawn = time.perf_counter()
-                writer.submit(batch, images)
+                writer.submit(zip(batch, images))
                 self.seconds_waiting += time.perf_counter() - drawn
             self.seconds_drawing = time.perf_counter() - start
+
+
+def picture_path(folder: OutputFolder, part: str, item: Item) -> Path:
+    return folder.root / (item_file_name(part, folder.num_items) % item.index)
 
 
 def split(items: list[Item], size: int) -> list[list[Item]]:
@@ -207,8 +211,8 @@ def planned_folder(setup: Setup, num_images: int) -> Iterator[tuple[list[Item], 
     names = load_classes(setup.data_name).names
     plan = Plan(0, len(names), 1.0, setup.resolution)
     with tempfile.TemporaryDirectory() as root:
-        folder = OutputFolder(Path(root), plan, num_images, names)
-        folder.begin({}, {"command": sys.argv})
+        folder = OutputFolder(Path(root), plan, num_images, names, {})
+        folder.begin({"command": sys.argv})
         yield list(plan.items(num_images)), folder
 
 
@@ -317,9 +321,7 @@ def measure_throughput(setup: Setup, repeats: int) -> tuple[list[Row], dict[str,
     for way in ways:  # the first run warms up and shows what is drawn
         with planned_folder(setup, setup.num_images) as (items, folder):
             way.run(items, folder)
-            pictures.append(
-                np.stack([np.asarray(Image.open(folder.items.path("image", item.index))) for item in items])
-            )
+            pictures.append(np.stack([np.asarray(Image.open(picture_path(folder, "image", item))) for item in items]))
 
     names = ["pictures a second", "wall time outside UNet and VAE (%)", "time per UNet evaluation (ms)"]
     values: dict[str, list[list[float]]] = {name: [[], []] for name in names}

@@ -17,7 +17,6 @@ from PIL import Image
 
 from noisecutmix import AugmentedDataset
 from noisecutmix.folder import OutputFolder
-from noisecutmix.items import PARTS
 from noisecutmix.plan import Plan
 
 SIZES = (1_000, 100_000, 1_000_000)
@@ -68,11 +67,11 @@ def measure_checking(root: Path, resolution: int) -> tuple[int, float, float]:
     rng = np.random.default_rng(0)
     for item in folder.plan.items(CHECKED):
         folder.write(item, Image.fromarray(smooth_noise(rng, resolution)))
-    indices = np.arange(CHECKED)
+    indices = range(CHECKED)
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(REPEATS):
         for every_pixel in (False, True):
-            seconds[every_pixel].append(timed(lambda: folder.has_whole_files(indices, every_pixel)))  # noqa: B023
+            seconds[every_pixel].append(timed(lambda: folder.find_missing(indices, every_pixel)))  # noqa: B023
     quick, thorough = (1000 * statistics.median(values) / CHECKED for values in seconds)
     return resolution, quick, thorough
 
@@ -83,11 +82,9 @@ def measure_size(root: Path, size: int) -> tuple[int, dict[str, float]]:
     image = Image.new("RGB", (8, 8))
     with ThreadPoolExecutor(8) as pool:
         write = timed(lambda: list(pool.map(lambda item: folder.write(item, image), folder.plan.items(size))))
-    costs = {"write": write, "list": timed(lambda: [folder.items.find_missing(part) for part in PARTS])}
-    indices = np.arange(size)
-    costs["check"] = timed(lambda: folder.has_whole_files(indices))
+    costs = {"write": write, "check": timed(lambda: folder.find_missing(range(size)))}
     costs["finish"] = timed(folder.finish)
-    costs["compare"] = timed(folder.has_planned_labels)
+    costs["look"] = timed(folder.is_complete)
     costs["open"], _ = open_data_set(root)
     costs["load"] = load_some(root) * size / 1000
     return size, {name: 1e6 * seconds / size for name, seconds in costs.items()}
@@ -111,8 +108,8 @@ def open_data_set(root: Path) -> tuple[float, float]:
 
 def begin(root: Path, num_items: int, resolution: int) -> OutputFolder:
     root.mkdir()
-    folder = OutputFolder(root, Plan(0, len(CLASS_NAMES), 1.0, resolution), num_items, CLASS_NAMES)
-    folder.begin({}, {"command": sys.argv})
+    folder = OutputFolder(root, Plan(0, len(CLASS_NAMES), 1.0, resolution), num_items, CLASS_NAMES, {})
+    folder.begin({"command": sys.argv})
     return folder
 
 

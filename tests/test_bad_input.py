@@ -114,7 +114,7 @@ CASES = {
     "prompt with a lone brace": (BOTH, ["--prompt={name} {"], "--prompt: has to be a template"),
     "prompt with a format": (BOTH, ["--prompt={name:>99}"], "without a format"),
     "model a missing folder": (BOTH, ["--model=./nowhere"], "--model: ./nowhere is no folder, and no id on the hub"),
-    "model a file": (BOTH, ["--model=/etc/passwd"], "--model: /etc/passwd is no folder"),
+    "model a file": (BOTH, ["--model=/etc/passwd"], "--model: /etc/passwd is a single file; convert it once"),
     "model empty": (BOTH, ["--model="], "--model: is empty"),
     "model without VAE blocks": (BOTH[:1], ["--model=blockless"], "--model: blockless/vae/config.json cannot be read"),
     "model without revision": (

@@ -324,6 +324,43 @@ def test_an_unreadable_checkpoint_is_not_called_missing(tiny_model, tiny_lora, t
         fingerprint_files(tmp_path, [tmp_path / name])
 
 
+OTHER_MODELS = {
+    "inpainting": {"in_channels": 9},
+    "InstructPix2Pix": {"in_channels": 8},
+    "depth": {"in_channels": 5},
+    "learned variance": {"out_channels": 8},
+    "SDXL": {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": TINY_WIDTH + 6 * 8,
+    },
+    "unCLIP": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": TINY_WIDTH},
+    "upscaler": {"num_class_embeds": 10},
+    "another text encoder": {"cross_attention_dim": 2 * TINY_WIDTH},
+    "guidance distilled": {"time_cond_proj_dim": 8},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_a_model_that_is_no_plain_stable_diffusion_is_refused(tiny_model, tiny_checkpoint, unet, tmp_path, kind):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    UNet2DConditionModel(**{**config, **OTHER_MODELS[kind]}).save_pretrained(model / "unet")
+    assert "is not a plain Stable Diffusion model, such as 1.5 or 2.1: its UNet " in refusal_of(model, tiny_checkpoint)
+
+
+def test_the_fingerprint_covers_every_byte(tmp_path):
+    """A model of which only attention weights differ, as after concept editing, has the same size and the same ends."""
+    file = tmp_path / "unet.safetensors"
+    content = bytearray(5 * 2**20)
+    fingerprints = set()
+    for place in (0, 2**20 + 7, len(content) // 2, len(content) - 1):
+        content[place] ^= 1
+        file.write_bytes(content)
+        fingerprints.add(fingerprint_files(tmp_path, [file]))
+    assert len(fingerprints) == 4
+
+
 def test_loading_is_silent_and_leaves_the_libraries_as_they_were(tiny_model, tiny_checkpoint, capfd):
     libraries = (diffusers_logging, transformers_logging)
     for library in libraries:

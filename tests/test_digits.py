@@ -102,9 +102,9 @@ def test_calls_continue_the_plan_and_a_new_generator_repeats_it():
 
 
 def test_labels_out_of_range_are_named(generator):
-    with pytest.raises(ValueError, match="from 0 to 9, not 10"):
+    with pytest.raises(InputError, match="from 0 to 9, not 10"):
         generator([10])
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(InputError, match="differ"):
         generator([1], aug_labels=[1])
 
 

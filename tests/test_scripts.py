@@ -45,8 +45,36 @@ def test_augmentation_of_digits_needs_no_other_flag(run_script, tmp_path):
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert run["num_aug"] == 12
     assert run["options"]["guidance_scale"] == 7.5 and run["options"]["num_inference_steps"] == 25
-    assert {"torch", "diffusers", "noisecutmix"} <= run["runs"][0]["versions"].keys()
+    assert {"torch", "diffusers", "noisecutmix"} <= run["versions"].keys()
     assert Image.open(out / "preview.png").size[0] > 512
+
+
+def test_a_single_class_differs_in_mask_label_and_picture_alone(tmp_path, tiny_arguments, whole):
+    arguments = [*tiny_arguments, "--num_aug=20", "--output_dir=out"]
+    with as_command_line("augmentation.py", *arguments, "--single_class", folder=tmp_path) as main:
+        main()
+    out = tmp_path / "out"
+    single, mixed = (
+        [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()] for folder in (out, whole)
+    )
+    assert [line | {"box": [0, 0, 16, 16], "ratio": 1.0} for line in mixed] == single
+    labels = np.load(out / "soft_label.npy")
+    assert labels.tolist() == np.eye(3)[[line["target_label"] for line in single]].tolist()
+    assert all(Image.open(mask).getextrema() == (255, 255) for mask in (out / "mask").iterdir())
+    with (
+        as_command_line("augmentation.py", *arguments, folder=tmp_path) as main,
+        pytest.raises(InputError, match=r"another single_class \(True there, None now\)"),
+    ):
+        main()
+
+
+def test_generation_draws_a_single_class(tmp_path, tiny_arguments):
+    for name, *more in (("mixed",), ("single", "--single_class")):
+        arguments = [*tiny_arguments, "--num_gen=4", f"--output_dir={name}", *more]
+        with as_command_line("generation.py", *arguments, folder=tmp_path) as main:
+            main()
+    pictures = [(tmp_path / name / "gen_0000.png").read_bytes() for name in ("mixed", "single")]
+    assert pictures[0] != pictures[1]
 
 
 def test_generation_draws_the_requested_pair(run_script, tmp_path, tiny_arguments):
@@ -75,7 +103,7 @@ def test_a_class_that_the_checkpoint_lacks_is_named(tmp_path, tiny_arguments):
         pytest.raises(InputError, match="--ckpt_path: the checkpoint has no token for 'dodo'"),
     ):
         main()
-    assert not list((tmp_path / "out" / "image").glob("*.png"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
