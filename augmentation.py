@@ -25,11 +25,10 @@ def main() -> None:
     # slow imports, once the arguments are checked
     from noisecutmix import record
     from noisecutmix.folder import OutputFolder
-    from noisecutmix.plan import Plan
+    from noisecutmix.plan import create_plan
 
-    names = options.classes.names
-    plan = Plan(options.seed, len(names), options.alpha, options.resolution, options.single_class)
-    folder = OutputFolder(options.output_dir, plan, options.num_aug, names, record.data_options(options, device))
+    plan, data_options = create_plan(options), record.data_options(options, device)
+    folder = OutputFolder(options.output_dir, plan, options.num_aug, options.classes.names, data_options)
     folder.check_usable()
     if not folder.is_complete(options.verify):
         from noisecutmix.generator import create_generator
