@@ -75,7 +75,7 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
     return Photos(root, tuple(folder.name for folder in folders), tuple(files), tuple(labels), tuple(notes))
 
 
-def check_photos(photos: Photos) -> None:
+def check_photos(photos: Photos, resolution: int | None = None) -> tuple[str, ...]:
     """Open every picture.
 
     Raises:
@@ -93,6 +93,7 @@ def check_photos(photos: Photos) -> None:
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise InputError(f"{failed[0]}{more}")
+    return ()
 
 
 def open_photo(file: Path) -> Image.Image:
