@@ -52,12 +52,7 @@ class TrainingFolder:
         Raises:
             InputError: an earlier run had other options, or has trained more steps.
         """
-        differences = describe_differences(self.record["options"], options) if self.record else ""
-        if differences:
-            raise InputError(
-                f"`output_dir`: {self.root} was made with another {differences}; "
-                "give the same options, delete the folder, or choose another"
-            )
+        self._check_options(options)
         steps = max([self.checkpoint_steps, *(step for step, _ in self._states())])
         if steps > max_train_steps:
             raise InputError(
@@ -81,7 +76,7 @@ class TrainingFolder:
                 file.unlink()
         create_file(self._record_file, _encode({**record, "steps": 0, "losses": []}))
         self.record = {**self._read_record(), "listing": record["listing"]}
-        self.check_usable(record["options"], self.checkpoint_steps)
+        self._check_options(record["options"])
 
     @property
     def checkpoint_steps(self) -> int:
@@ -132,6 +127,14 @@ class TrainingFolder:
         for file, content in ((self._record_file, _encode(self.record)), (self.root / CLASSES_FILE, _encode(classes))):
             with atomic_file(file) as opened:
                 opened.write(content)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        differences = describe_differences(self.record["options"], options) if self.record else ""
+        if differences:
+            raise InputError(
+                f"`output_dir`: {self.root} was made with another {differences}; "
+                "give the same options, delete the folder, or choose another"
+            )
 
     def _state_file(self, step: int) -> Path:
         return self.root / f"state_{step:08d}.pt"
