@@ -1,20 +1,23 @@
 """ckpts/finetune.py trains a Diff-Mix checkpoint on a folder of pictures; interruptions do not change the result."""
 
 import json
+import os
 import random
 import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from conftest import CLASS_NAMES, DIGITS, RANK, ROOT, as_command_line, command, load_module
+from conftest import CLASS_NAMES, DIGITS, LONGEST_WAIT, RANK, ROOT, as_command_line, command, load_module
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -93,7 +96,7 @@ def fresh_accelerate():
 
 
 def finetune(folder, *arguments):
-    with as_command_line(SCRIPT, *arguments, "--output_dir=out", folder=folder) as main:
+    with as_command_line(SCRIPT, "--output_dir=out", *arguments, folder=folder) as main:
         main()
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -377,6 +380,43 @@ def assert_refused(done, message):
     assert done.stdout == ""
 
 
+HALF_LAUNCHES = {
+    "left over": {"LOCAL_RANK": "0"},
+    "MPICH": {"PMI_SIZE": "2", "PMI_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+    "Open MPI": {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+    "MVAPICH": {"MV2_COMM_WORLD_SIZE": "2"},
+    "srun": {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+    "no number": {"WORLD_SIZE": "two"},
+    "without an address": {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"},
+}
+
+
+@pytest.mark.parametrize("case", HALF_LAUNCHES)
+def test_half_a_launch_is_refused_by_the_name_of_a_variable(tmp_path, photos, tiny_model, monkeypatch, case):
+    """Accelerate would take it for a launch, and wait for the other processes."""
+    for name, value in HALF_LAUNCHES[case].items():
+        monkeypatch.setenv(name, value)
+    done = start_without_torch(tmp_path, f"--data_dir={photos}", f"--model={tiny_model}")
+    name = next(name for name in HALF_LAUNCHES[case] if "SIZE" in name or "TASKS" in name or name == "LOCAL_RANK")
+    assert_refused(done, f"the environment variable {name} is .*unset {name} for one")
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "1"}, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}])
+def test_a_process_of_its_own_is_no_launch(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert load_module(ROOT / SCRIPT).count_processes() == 1
+
+
+def test_a_clone_uses_its_own_package(tmp_path, run_script):
+    shutil.copytree(ROOT / "noisecutmix", tmp_path / "noisecutmix")
+    (tmp_path / "ckpts").mkdir()
+    shutil.copy(ROOT / SCRIPT, tmp_path / SCRIPT)
+    (tmp_path / "noisecutmix" / "__init__.py").write_text("print('the package of this clone')")
+    done = run_script(tmp_path / SCRIPT, "--help")
+    assert done.stdout.startswith("the package of this clone"), done.stderr
+
+
 def test_a_foreign_checkpoint_is_not_overwritten(tmp_path, flags, tiny_checkpoint):
     shutil.copytree(tiny_checkpoint, tmp_path / "out")
     before = contents_of(tmp_path)
@@ -452,6 +492,58 @@ def test_a_row_is_initialised_as_the_mean_of_the_tokens_of_its_name(tiny_model, 
     for name, row in zip(SORTED_NAMES, trainer.rows):
         ids = pipe.tokenizer(name, add_special_tokens=False).input_ids
         assert torch.allclose(row, table[ids].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (["001.Red_kite", "002.Blue_jay", "010.Heron"], ["Red kite", "Blue jay", "Heron"]),
+        (["n02085620-Chihuahua", "n02085782-Red_kite"], ["Chihuahua", "Red kite"]),
+        (["3 kings", "three kings"], ["3 kings", "three kings"]),
+        (["737-300", "737-400"], ["737-300", "737-400"]),
+        (["3 series", "5 series"], ["3 series", "5 series"]),
+    ],
+)
+def test_a_row_starts_without_the_numbers_of_a_data_sets_folders(tiny_model, tmp_path, folders, words):
+    """Unless it is a part of the name: where other names have none, or where nothing else tells the classes apart."""
+    trainer = create_trainer(tiny_model, write_photos(tmp_path / "photos", folders, count=1))
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    table = pipe.text_encoder.get_input_embeddings().weight
+    for name, row in zip(words, trainer.rows):
+        assert torch.allclose(row, table[pipe.tokenizer(name, add_special_tokens=False).input_ids].mean(0))
+
+
+def test_long_class_names_raise_no_warning(tiny_model, tmp_path, capfd):
+    write_photos(tmp_path / "photos", ["a" * 90, "b" * 90], count=1)
+    create_trainer(tiny_model, tmp_path / "photos")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("part", ["lora", "rows"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny_model, photos, tmp_path, part, value):
+    trainer = create_trainer(tiny_model, photos)
+    trainer.latents.encode(tmp_path / "latents.bin", "")
+    weight = trainer.rows if part == "rows" else next(iter(trainer.lora.values()))[1]
+    weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+    with pytest.raises(RunError, match="the gradient of step 1 is not finite; use another `output_dir` and lower"):
+        trainer.step(0)
+
+
+@pytest.mark.parametrize("part", ["lora", "rows", "moments"])
+def test_a_state_that_is_not_finite_is_never_written(tiny_model, photos, tmp_path, part):
+    trainer = create_trainer(tiny_model, photos)
+    trainer.latents.encode(tmp_path / "latents.bin", "")
+    trainer.step(0)
+    parts = {
+        "lora": next(iter(trainer.lora.values()))[1],
+        "rows": trainer.rows,
+        "moments": trainer.state()["optimizer"]["state"][0]["exp_avg_sq"],
+    }
+    with torch.no_grad():
+        parts[part].view(-1)[0] = float("inf")
+    with pytest.raises(RunError, match="a trained weight is not finite"):
+        trainer.state()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -536,6 +628,29 @@ def test_mirror_images_are_encoded(tiny_model, photos, tmp_path):
         posterior = vae.encode(pixels).latent_dist
     assert torch.allclose(trainer.latents._encoded[5, 1, 0], posterior.mean[0], atol=1e-5)
     assert torch.allclose(trainer.latents._encoded[5, 1, 1], posterior.std[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_few_pictures_are_encoded_at_once(tiny_model, photos, tmp_path, random_crop):
+    """No more than four of 512x512, whatever the batch, so that encoding needs less memory than training."""
+    trainer = create_trainer(tiny_model, photos, resolution=256, train_batch_size=32, random_crop=random_crop)
+    encoder, counts = trainer.latents._vae.encoder, []
+    encoder.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    trainer.latents.encode(tmp_path / "latents.bin", "")
+    if random_crop:
+        trainer.latents.of([(number % 9, False, 0.5) for number in range(32)])
+    assert max(counts) == 16 and sum(counts) == (32 if random_crop else 18)
+
+
+def test_random_crops_are_read_while_the_batch_before_is_trained(tiny_model, photos, monkeypatch):
+    opened = []
+    monkeypatch.setattr("noisecutmix.samples.open_photo", lambda file: opened.append(file) or open_photo(file))
+    trainer = create_trainer(tiny_model, photos, random_crop=True, train_batch_size=2, gradient_accumulation_steps=2)
+    for step in range(3):
+        trainer.step(step)
+    trainer.latents._pool.shutdown()
+    order = [plan_sample(0, index, 9, 1000, (1,), True).picture for index in range(3 * 4 + 2)]
+    assert sorted(opened) == sorted(find_photos(photos).files[picture] for picture in order)
 
 
 @pytest.mark.parametrize(
@@ -637,6 +752,47 @@ def test_the_scripts_draw_with_the_checkpoint(trained, tmp_path, script, count):
     with as_command_line(script, *arguments, folder=tmp_path) as main:
         main()
     assert len(list((tmp_path / "outputs").rglob("gen_*.png"))) == 2
+
+
+def test_the_checkpoint_works_while_the_training_lasts(tmp_path, flags, monkeypatch):
+    stop_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path, *flags)
+    arguments = ["--data_name=out", "--num_inference_steps=2", "--device=cpu", "--num_gen=1"]
+    with as_command_line("generation.py", *arguments, folder=tmp_path) as main:
+        main()
+    state = torch.load(tmp_path / "out" / "state_00000004.pt", weights_only=True)
+    assert torch.equal(torch.stack(list(weights_of(tmp_path / "out").values())[-3:]), state["rows"])
+
+
+def test_previews_show_how_it_learns(tmp_path, flags, trained, monkeypatch):
+    """They are the same after an interruption, also one between a checkpoint and its preview."""
+    finetune(tmp_path, *flags, "--preview_steps=5")
+    previews = [tmp_path / "out" / name for name in ("preview_00005.png", "preview_00010.png", "preview.png")]
+    contents = [file.read_bytes() for file in previews]
+    assert len(set(contents)) == 3 and contents[2] == (trained / "preview.png").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    stop_at(monkeypatch, 5, 7)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tmp_path, *flags, "--preview_steps=5")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        (tmp_path / "out" / "preview_00005.png").unlink()
+    finetune(tmp_path, *flags, "--preview_steps=5")
+    assert [file.read_bytes() for file in previews] == contents
+    assert difference(tmp_path / "out", trained) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["digits", "flower", "my 'birds'", "mine/deeper"])
+def test_the_folder_may_have_any_name(tmp_path, flags, trained, capsys, name):
+    """Also a bundled data set's. The command that is printed draws with this checkpoint."""
+    finetune(tmp_path, *flags, f"--output_dir={name}")
+    assert_same_training(tmp_path / name, trained)
+    script, *arguments = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
+    more = ["--num_gen=1", "--num_inference_steps=2", "--device=cpu"]
+    with as_command_line(script, *arguments, *more, folder=tmp_path) as main:
+        main()
+    assert Image.open(tmp_path / "outputs" / "gen_0000.png").size == (16, 16)  # the demo's are 32x32
 
 
 # ---------------------------------------------------------------------------------------------- resuming
@@ -784,6 +940,78 @@ def test_a_failed_write_leaves_whole_files_and_is_made_good(tmp_path, flags, tra
     assert_same_training(tmp_path / "out", trained)
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def fill_with_zeros(file):
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def exchange_two_pictures(file):
+    content = file.read_bytes()
+    size = len(content) // 9
+    file.write_bytes(content[size : 2 * size] + content[:size] + content[2 * size :])
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, fill_with_zeros, flip_a_bit, exchange_two_pictures, lambda file: file.unlink()]
+)
+def test_damaged_latents_are_encoded_again(tmp_path, flags, trained, monkeypatch, damage):
+    stop_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path, *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    damage(tmp_path / "out" / "latents.bin")
+    finetune(tmp_path, *flags)
+    assert_same_training(tmp_path / "out", trained)
+
+
+def test_latents_of_other_pictures_are_not_used(tmp_path, flags, trained, photos, monkeypatch):
+    other = shutil.copytree(photos, tmp_path / "other")
+    for file in other.glob("*/*.png"):
+        ImageOps.invert(Image.open(file)).save(file)
+    stop_at(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path, *flags, f"--data_dir={other}")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (tmp_path / "out" / "finetune.json").unlink()
+    finetune(tmp_path, *flags)
+    assert_same_training(tmp_path / "out", trained)
+
+
+def test_pictures_that_were_checked_are_not_read_again(tmp_path, flags, trained, photos, monkeypatch):
+    """Unless a name, size or time differs. The preview opens the first picture of each class."""
+    copy, (moment, again) = shutil.copytree(photos, tmp_path / "birds"), (10**18, 10**18 + 1)
+    stop_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path, *flags, f"--data_dir={set_times(copy, moment)}")
+    for file in copy.glob("*/2.png"):
+        file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(InputError, match=r"2\.png cannot be read"):
+        finetune(tmp_path, *flags, f"--data_dir={set_times(copy, again)}")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    finetune(tmp_path, *flags, f"--data_dir={set_times(copy, moment)}")
+    assert difference(tmp_path / "out", trained) < 1e-6
+
+
+def set_times(folder, nanoseconds):
+    for file in folder.rglob("*.png"):
+        os.utime(file, ns=(nanoseconds, nanoseconds))
+    return folder
+
+
+def test_pictures_with_other_times_continue_the_training(tmp_path, flags, trained, photos):
+    copy_of(trained, tmp_path)
+    finetune(tmp_path, *flags, f"--data_dir={set_times(shutil.copytree(photos, tmp_path / 'birds'), 10**18)}")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, flags):
     with pytest.raises(RunError, match=r"the loss of step \d+ is not finite; use another --output_dir and lower learn"):
         finetune(tmp_path, *flags, "--learning_rate=1e6", "--checkpointing_steps=1", "--max_train_steps=50")
@@ -847,17 +1075,73 @@ def test_five_random_kills_do_not_change_the_result(tmp_path, flags, start):
     assert difference(tmp_path / "out", tmp_path / "whole" / "out") < 1e-6
 
 
+ON_POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGTERM")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGTERM")
+@ON_POSIX
+@pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["alone", "two processes"])
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_stop_in_one_line(tmp_path, flags, start, sent, status):
-    process = start_finetuning(start, *flags, "--max_train_steps=5000")
+def test_nothing_is_lost_on_a_signal(tmp_path, flags, trained, start, launcher, sent, status):
+    """The step is finished and a state written. In a launch, it may arrive in one of the processes alone."""
+    flags = [*flags, f"--train_batch_size={2 if launcher else 4}"]
+    process = start_finetuning(start, *flags, "--max_train_steps=5000", launcher=launcher, OMP_NUM_THREADS="1")
     wait_for_state(tmp_path, 4, process)
-    process.send_signal(sent)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert re.search(r"stopped: the state of step \d+ of 5000 is kept; the same command continues", errors)
-    assert "Traceback" not in errors
+    workers = psutil.Process(process.pid).children() if launcher else [process]
+    workers[-1].send_signal(sent)
+    _, errors = process.communicate(timeout=LONGEST_WAIT)
+    if not launcher:
+        assert process.returncode == status, errors
+        assert errors.replace("\r", "\n").splitlines()[-1] == "stopped; run the same command again to continue"
+        assert "Traceback" not in errors
+    states = [int(file.stem.rpartition("_")[2]) for file in (tmp_path / "out").glob("state_*.pt")]
+    assert json.loads((tmp_path / "out" / "finetune.json").read_text())["steps"] == max(states)
+    steps = max(states) + 1
+    process = start_finetuning(start, *flags, f"--max_train_steps={steps}", launcher=launcher, OMP_NUM_THREADS="1")
+    _, errors = process.communicate(timeout=LONGEST_WAIT)
+    assert process.returncode == 0 and f"continuing after step {steps - 1}" in errors, errors
+    (tmp_path / "whole").mkdir()
+    finetune(tmp_path / "whole", *flags, "--train_batch_size=4", f"--max_train_steps={steps}")
+    tolerance = 1e-6 if not launcher else 2 * steps * ROUNDING_UNDER_ADAM
+    assert difference(tmp_path / "out", tmp_path / "whole" / "out") < tolerance
+
+
+@pytest.mark.slow
+@ON_POSIX
+def test_a_signal_ends_the_wait_for_a_process_that_never_comes(tmp_path, flags, start):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launch = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = start_finetuning(start, *flags, **launch)
+    while not any(connection.laddr.port == port for connection in psutil.Process(process.pid).net_connections()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=LONGEST_WAIT)
+    assert process.returncode == -signal.SIGTERM  # which a shell reports as 143
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_of_the_same_options_write_the_same_bytes(tmp_path, flags, trained, start):
+    runs = [start_finetuning(start, *flags, OMP_NUM_THREADS="1") for _ in range(2)]
+    for run in runs:
+        _, errors = run.communicate(timeout=LONGEST_WAIT)
+        assert run.returncode == 0, errors
+    assert_same_training(tmp_path / "out", trained)
+
+
+@pytest.mark.slow
+def test_of_two_runs_with_other_options_exactly_one_is_refused(tmp_path, flags, start):
+    runs = [start_finetuning(start, *flags, f"--seed={seed}", OMP_NUM_THREADS="1") for seed in range(2)]
+    errors = [run.communicate(timeout=LONGEST_WAIT)[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 2], errors
+    assert "--output_dir: out was made with another seed" in errors[[run.returncode for run in runs].index(2)]
+    (tmp_path / "alone").mkdir()
+    winner = [run.returncode for run in runs].index(0)
+    finetune(tmp_path / "alone", *flags, f"--seed={winner}")
+    assert_same_training(tmp_path / "out", tmp_path / "alone" / "out")
 
 
 @pytest.mark.slow
