@@ -5,36 +5,47 @@ accelerate launch --num_processes=2 ckpts/finetune.py --data_dir=photos --meta_c
 """
 
 import argparse
-import contextlib
-import dataclasses
 import functools
+import hashlib
+import json
 import math
+import os
+import shlex
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this repository's package, whichever is installed
+
 from noisecutmix import script
-from noisecutmix.classes import STABLE_DIFFUSION
+from noisecutmix.classes import META_CLASSES, STABLE_DIFFUSION, Classes
 from noisecutmix.cli import Parser, as_device, as_model, as_number, as_path, as_text, check_model, check_text
-from noisecutmix.errors import InputError, PeerStoppedError, RunError, is_out_of_memory
+from noisecutmix.errors import InputError, RunError, is_out_of_memory
 from noisecutmix.files import check_writable, write_png
-from noisecutmix.launch import HEARTBEAT, Launch, choose_device, say
-from noisecutmix.photos import Photos, check_photos, crop_square, find_photos, open_photo
-from noisecutmix.ranges import RANGES, Range
-from noisecutmix.record import check_same_as_main, describe_program, fingerprint_files, fingerprint_model
-from noisecutmix.training_folder import PREVIEW_FILE, TrainingFolder
+from noisecutmix.photos import Photos, check_photos, find_photos
+from noisecutmix.pictures import crop_square, open_photo
+from noisecutmix.ranges import RANGES, Range, default_dtype
+from noisecutmix.record import (
+    PREVIEW_FILE,
+    describe_differences,
+    describe_program,
+    fingerprint_files,
+    fingerprint_model,
+)
+from noisecutmix.training_folder import TrainingFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL import Image
 
-PASSES, FEWEST_STEPS = 47, 1000  # Diff-Mix's budget for CUB: 280,000 pictures shown over 5,994
+PASSES, FEWEST_STEPS = 47, 1000  # Diff-Mix's budget for CUB: 280,000 pictures over 5,994
 SMOOTHED_OVER = 50  # steps, over which the displayed loss is averaged
 MEASURED_STEPS = 20  # from which the remaining time is estimated
 DRAWN_PER_CLASS = 2  # pictures in the preview, beside a real one
 COUNT, RATE = Range(int, 1, 10**8), Range(float, 1e-12, 1e6)
+# the number of processes, as launchers, MPI and Slurm set it; accelerate takes the first four for a launch
+PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -55,15 +66,17 @@ def create_parser() -> argparse.ArgumentParser:
     )
     side = "side of the square training pictures"
     add("--resolution", type=as_number(RANGES["resolution"]), default=512, metavar="PIXELS", help=side + default)
-    add("--random_flip", action="store_true", help="mirror half of the pictures at random")
+    flip = "do not mirror half of the pictures at random"
+    add("--no_random_flip", dest="random_flip", action="store_false", help=flip)
     crop = "crop at random, not at the centre; slower, since every step encodes its pictures"
     add("--random_crop", action="store_true", help=crop)
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=as_path, required=True, metavar="DIR", help="folder of the checkpoint")
-    add("--overwrite", action="store_true", help="delete the files of an earlier run there and start again")
     interval = "steps between two saved states, from which the same command continues"
     add("--checkpointing_steps", type=as_number(COUNT), default=500, metavar="N", help=interval + default)
+    previews = "steps between two previews, preview_00500.png and so on (default: only one at the end)"
+    add("--preview_steps", type=as_number(COUNT), metavar="N", help=previews)
 
     add = parser.add_argument_group("training").add_argument
     model = "base model: hub id, id@revision or local folder"
@@ -112,84 +125,158 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    num_processes = count_processes()
     photos = find_photos(options.data_dir, options.examples_per_class, options.seed)
-    launch = Launch()
-    steps = plan_steps(options, photos, launch)
-
     folder = TrainingFolder(options.output_dir)
-    with script.adding_progress(lambda: folder.describe_progress(steps), options.overwrite), launch:
-        if launch.is_main:
-            check_photos(photos)
-        choose_device_and_dtype(options)
-        shape = describe_shape(options, photos, steps, launch)
-        check_same_as_main(shape, launch.broadcast(shape))
-        with folder.held(shape, steps, options.overwrite) if launch.is_main else contextlib.nullcontext():
-            if not launch.broadcast(launch.is_main and folder.steps == steps and folder.has_preview()):
-                train_and_draw(options, photos, steps, folder, launch)
-    if launch.is_main:
-        print(f"{options.output_dir} is complete: {steps} steps; look at {options.output_dir / PREVIEW_FILE}, then run")
-        print(f"python generation.py --data_name={options.output_dir}")
+    steps = plan_steps(options, photos, num_processes)
+    choose_device_and_dtype(options)
+    listing = describe_listing(photos)
+    record = {
+        "model": options.model,
+        "resolution": options.resolution,
+        "meta_class": options.meta_class,
+        "options": training_options(options, photos, steps, check_pictures(options, photos, folder, listing)),
+        "listing": listing,
+        **describe_program(),
+        "processes": num_processes,
+        "device": options.device,
+    }
+    folder.check_usable(record["options"], steps)
+    if not folder.is_complete(steps):
+        train_and_draw(options, photos, steps, folder, record)
+    if script.is_first_process():
+        print(f"{folder.root} is complete: {steps} steps; look at {folder.root / PREVIEW_FILE}, then run")
+        print(f"python generation.py --data_name={quote_folder(folder.root)}")
 
 
-def plan_steps(options: argparse.Namespace, photos: Photos, launch: Launch) -> int:
+def count_processes() -> int:
+    """Return how many processes accelerate launch or torchrun has started together; 1 without a launch.
+
+    Raises:
+        InputError: only some of a launch's variables are there. Accelerate would wait for the other processes for ever.
+    """
+    signs = [name for name in PROCESS_COUNTS if os.environ.get(name, "1") != "1"]
+    signs += ["LOCAL_RANK"] if "LOCAL_RANK" in os.environ else []
+    if not signs:
+        return 1
+    count, rank, local_rank, address, port = (
+        os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    )
+    is_valid = {
+        "WORLD_SIZE": count.isdecimal() and int(count) > 0,
+        "RANK": rank.isdecimal() and count.isdecimal() and int(rank) < int(count),
+        "LOCAL_RANK": local_rank.isdecimal(),
+        "MASTER_ADDR": bool(address),
+        "MASTER_PORT": port.isdecimal(),
+    }
+    for name, valid in is_valid.items():
+        if not valid:
+            state = f"is {os.environ[name]!r}" if name in os.environ else "is not set"
+            raise InputError(
+                f"the environment variable {signs[0]} is {os.environ[signs[0]]!r}, but {name} {state}: start several "
+                f"processes with accelerate launch or torchrun, or unset {signs[0]} for one"
+            )
+    return int(count)
+
+
+def plan_steps(options: argparse.Namespace, photos: Photos, num_processes: int) -> int:
     """Return the number of training steps; print the size of the data set and of the training."""
-    options.effective_batch = options.train_batch_size * options.gradient_accumulation_steps * launch.count
+    options.effective_batch = options.train_batch_size * options.gradient_accumulation_steps * num_processes
     budget = max(FEWEST_STEPS, math.ceil(PASSES * len(photos.files) / options.effective_batch))
     steps: int = options.max_train_steps or budget
     for note in photos.notes:
-        say(note)
-    say(
-        f"{len(photos.class_names)} classes, {len(photos.files)} pictures; {steps} steps of {options.effective_batch} "
-        f"pictures ({options.train_batch_size} in a batch x {options.gradient_accumulation_steps} accumulated x "
-        f"{launch.count} processes): {steps * options.effective_batch / len(photos.files):.1f} passes"
+        script.say(note)
+    names = photos.class_names
+    script.say(
+        f"{len(names)} classes ({names[0]!r} to {names[-1]!r}), {len(photos.files)} pictures; "
+        f"{steps} steps of {options.effective_batch} pictures ({options.train_batch_size} in a batch x "
+        f"{options.gradient_accumulation_steps} accumulated x {num_processes} processes): "
+        f"{steps * options.effective_batch / len(photos.files):.1f} passes"
     )
     return steps
 
 
 def choose_device_and_dtype(options: argparse.Namespace) -> None:
-    options.device = choose_device(options.device)
-    options.dtype = options.dtype or ("float16" if options.device.startswith("cuda") else "float32")
+    options.device = script.choose_device(options.device)
+    options.dtype = options.dtype or default_dtype(options.device)
     if options.dtype == "float16" and not options.device.startswith("cuda"):
         raise InputError(f"--dtype: float16 needs cuda; use --dtype=bfloat16 or float32 on {options.device}")
 
 
-def describe_shape(options: argparse.Namespace, photos: Photos, steps: int, launch: Launch) -> dict[str, Any]:
+def describe_listing(photos: Photos) -> str:
+    """Return a hash of the pictures' names, sizes and times of change: if it is the same, so are the pictures."""
+    digest = hashlib.sha256()
+    for file in photos.files:
+        status = file.stat()
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def check_pictures(options: argparse.Namespace, photos: Photos, folder: TrainingFolder, listing: str) -> str:
+    """Return the fingerprint of the pictures, after a check of each one unless an earlier run has checked them."""
+    if folder.record.get("listing") == listing:
+        return str(folder.record["options"].get("pictures"))
+    for note in check_photos(photos, options.resolution):
+        script.say(note)
+    return fingerprint_files(photos.root, photos.files)
+
+
+def recipe(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that the weights depend on, whatever the machine."""
+    return {
+        "meta_class": options.meta_class,
+        "resolution": options.resolution,
+        "random_flip": options.random_flip,
+        "random_crop": options.random_crop,
+        "rank": options.rank,
+        "learning_rate": options.learning_rate,
+        "token_learning_rate": options.token_learning_rate,
+        "lr_scheduler": options.lr_scheduler,
+        "dtype": options.dtype,
+        "seed": options.seed,
+    }
+
+
+def training_options(options: argparse.Namespace, photos: Photos, steps: int, pictures: str) -> dict[str, Any]:
     """Return what the weights depend on, as JSON values. A run is continued only if all of them are the same."""
-    names = "meta_class resolution random_flip random_crop examples_per_class rank learning_rate token_learning_rate"
-    shape = {name: getattr(options, name) for name in (*names.split(), "lr_scheduler", "dtype", "seed")}
-    shape["effective_batch"] = options.effective_batch
-    if options.lr_scheduler != "constant":
-        shape["max_train_steps"] = steps
-    shape["class_names"] = list(photos.class_names)
-    shape["num_pictures"] = len(photos.files)
-    if launch.is_main:
-        shape["pictures"] = fingerprint_files(photos.root, photos.files)
-        shape["model"] = fingerprint_model(options.model, prefers_half=options.dtype == "float16")
-    return shape
+    return {
+        **recipe(options),
+        "examples_per_class": options.examples_per_class,
+        "effective_batch": options.effective_batch,
+        **({} if options.lr_scheduler == "constant" else {"max_train_steps": steps}),
+        "class_names": list(photos.class_names),
+        "num_pictures": len(photos.files),
+        "pictures": pictures,
+        "model": fingerprint_model(options.model, prefers_half=options.dtype == "float16"),
+    }
 
 
 def train_and_draw(
-    options: argparse.Namespace, photos: Photos, steps: int, folder: TrainingFolder, launch: Launch
+    options: argparse.Namespace, photos: Photos, steps: int, folder: TrainingFolder, record: dict[str, Any]
 ) -> None:
     """Train the remaining steps, write the checkpoint, draw the preview."""
+    from accelerate.utils import broadcast_object_list, gather_object
+
     from noisecutmix.training import create_accelerator
 
-    accelerator = create_accelerator(options.device, options.dtype, launch)
+    accelerator = create_accelerator(options.device, options.dtype)
+    for others in gather_object([record["options"]]):  # another machine may have other files
+        differences = describe_differences(others, record["options"])
+        if differences:
+            raise InputError(f"the processes have another {differences}; use the same command and files in all of them")
     try:
-        if not launch.broadcast(launch.is_main and folder.steps == steps):
-            train(options, photos, steps, folder, launch, accelerator)
-        if launch.is_main:
+        (needs_training,) = broadcast_object_list([folder.checkpoint_steps < steps])
+        if needs_training:
+            train(options, photos, steps, folder, record, accelerator)
+        if accelerator.is_main_process:
             accelerator.free_memory()
-            draw_preview(options, photos, folder)
+            draw_preview(options, photos, folder, PREVIEW_FILE)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise RunError(
                 f"out of memory with --train_batch_size={options.train_batch_size}; halve it and double "
                 "--gradient_accumulation_steps, which gives the same weights, or use --gradient_checkpointing"
             ) from error
-        if launch.count > 1 and not isinstance(error, RunError):  # the connection to another process may be lost
-            time.sleep(3 * HEARTBEAT)
-            launch.check_others()
         raise
 
 
@@ -198,90 +285,105 @@ def train(
     photos: Photos,
     steps: int,
     folder: TrainingFolder,
-    launch: Launch,
+    record: dict[str, Any],
     accelerator: "Accelerator",
 ) -> None:
-    """Train from the newest state, write a state at each interval, and write the checkpoint at the end."""
+    """Train from the newest state; write a state and the checkpoint at each interval and at the end."""
+    from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
     from noisecutmix.training import Settings, Trainer
 
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
-    settings = Settings(**{**values, "max_train_steps": steps})
+    settings = Settings(
+        **recipe(options),
+        model=options.model,
+        max_train_steps=steps,
+        train_batch_size=options.train_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
     trainer = Trainer(settings, photos, accelerator)  # before anything is written: it may refuse the model
+    is_main = accelerator.is_main_process
     first, state = 0, {}  # type: int, dict[str, Any]
-    if launch.is_main:
-        base = {"model": options.model, "resolution": options.resolution, "meta_class": options.meta_class}
-        folder.begin(base, describe_run(options, launch))
+    if is_main:
+        folder.begin(record)
         first, state = folder.find_state()
-    first = launch.broadcast(first)
+    (first,) = broadcast_object_list([first])
     if first:
         state = state or folder.read_state(first)
         trainer.load_state(state)
-        say(f"continuing after step {first}")
+        script.say(f"continuing after step {first}")
     losses: list[float] = state.get("losses", [])
-    trainer.posteriors.encode(folder.posteriors_file)
+    classes = {"classes": list(photos.class_names), "meta_class": options.meta_class}
+    if is_main and first and folder.checkpoint_steps != first:  # stopped between the state and the checkpoint
+        folder.write_checkpoint(first, losses, classes, trainer.save)
+    trainer.latents.encode(folder.latents_file, json.dumps(record["options"]))
 
     start = time.monotonic()
-    with tqdm(total=steps, initial=first, unit="step", disable=not launch.is_main, smoothing=0.05) as bar:
+    with (
+        tqdm(total=steps, initial=first, unit="step", disable=not is_main, smoothing=0.05) as bar,
+        script.deferring_signals(),  # the first one ends the run after a step, with a state
+    ):
         for step in range(first, steps):
-            script.check_signals()
-            launch.check_others()
-            loss = trainer.step(step)
-            if not math.isfinite(loss):
-                message = f"the loss of step {step + 1} is not finite; use --dtype=bfloat16 or lower learning rates"
-                raise RunError(message) if launch.is_main else PeerStoppedError(message)
+            preview = f"preview_{step:05d}.png"
+            is_due = options.preview_steps and step and step % options.preview_steps == 0
+            if is_main and is_due and not (folder.root / preview).exists():
+                draw_preview(options, photos, folder, preview)
+            loss, is_stopping = trainer.step(step, script.is_stopping())
             losses.append(float(f"{loss:.6g}"))
             done = step + 1
-            if launch.is_main and (done % options.checkpointing_steps == 0 or done == steps):
+            is_interval = done % options.checkpointing_steps == 0 or done % (options.preview_steps or steps) == 0
+            if is_main and (is_interval or is_stopping or done == steps):
                 folder.write_state(done, {**trainer.state(), "losses": losses})
+                folder.write_checkpoint(done, losses, classes, trainer.save)
+            if is_stopping:
+                raise script.Stopped
             bar.update()
             recent = losses[-SMOOTHED_OVER:]
             pictures = trainer.effective_batch * (bar.format_dict["rate"] or 0)
             bar.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}, {pictures:.1f} pictures/s", refresh=False)
             if done - first == MEASURED_STEPS:
-                seconds = (time.monotonic() - start) / MEASURED_STEPS * (steps - done)
-                say(f"{steps - done} steps remain, about {timedelta(seconds=round(seconds))} hours")
-    if launch.is_main:
-        trainer.save(folder.root)
-        del trainer  # it maps the encoded pictures into memory; Windows does not delete a mapped file
-        classes = {"classes": list(photos.class_names), "meta_class": settings.meta_class}
-        folder.finish(steps, losses, classes)
+                minutes = (time.monotonic() - start) / MEASURED_STEPS * (steps - done) / 60
+                duration = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+                script.say(f"{steps - done} steps remain, about {duration}")
+    del trainer  # it maps the latents into memory; Windows does not delete a mapped file
+    if is_main:
+        folder.latents_file.unlink(missing_ok=True)
 
 
-def describe_run(options: argparse.Namespace, launch: Launch) -> dict[str, Any]:
-    """Return the record of this run, beside what the weights depend on; its `command` continues the run."""
-    return {
-        **describe_program(),
-        "train_batch_size": options.train_batch_size,
-        "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        "processes": launch.count,
-        "device": options.device,
-    }
+def draw_preview(options: argparse.Namespace, photos: Photos, folder: TrainingFolder, file_name: str) -> None:
+    """Write a preview: for up to 16 classes, a real picture and two drawn with the checkpoint that was written.
 
-
-def draw_preview(options: argparse.Namespace, photos: Photos, folder: TrainingFolder) -> None:
-    """Write preview.png: for up to 16 classes, a real picture and two drawn with the checkpoint that was written."""
+    The noise is the same in every preview. After a signal, nothing is written.
+    """
     from noisecutmix import NoiseCutMixGenerator
     from noisecutmix.plan import Item
     from noisecutmix.preview import MOST_PICTURES, draw_comparison
 
     side, size = options.resolution, min(options.train_batch_size, MOST_PICTURES)
-    data_name = str(folder.root)
-    generator = NoiseCutMixGenerator(options.device, data_name, dtype=options.dtype, batch_size=size)
+    classes = Classes(photos.class_names, options.meta_class, options.model, folder.root, side)
+    generator = NoiseCutMixGenerator(options.device, classes, dtype=options.dtype, batch_size=size)
     names = photos.class_names[:MOST_PICTURES]
     items = [
-        Item(number, number // DRAWN_PER_CLASS, 0, (0, 0, side, side), 1.0, options.seed + number, side)
-        for number in range(DRAWN_PER_CLASS * len(names))
+        Item(index, index // DRAWN_PER_CLASS, 0, (0, 0, side, side), 1.0, options.seed + index, side)
+        for index in range(DRAWN_PER_CLASS * len(names))
     ]
     drawn: list[Image.Image] = []
     for start in range(0, len(items), size):
+        if script.is_stopping():
+            return
         drawn += generator.draw(items[start : start + size])
     rows = []
     for label, name in enumerate(names):
         real = crop_square(open_photo(photos.files[photos.labels.index(label)]), side)
         rows.append((name, [real, *drawn[DRAWN_PER_CLASS * label : DRAWN_PER_CLASS * (label + 1)]]))
-    write_png(folder.root / PREVIEW_FILE, draw_comparison(rows))
+    write_png(folder.root / file_name, draw_comparison(rows))
+
+
+def quote_folder(folder: Path) -> str:
+    """Return a folder for a command line of --data_name, where a bare word may name a bundled data set."""
+    name = folder.as_posix()
+    return shlex.quote(f"./{name}" if name in META_CLASSES else name)
 
 
 if __name__ == "__main__":

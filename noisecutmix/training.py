@@ -1,30 +1,36 @@
 """Fine-tuning as Diff-Mix does it: train a LoRA on the UNet's attention and one new token per class."""
 
 import contextlib
-from collections.abc import Sequence
+import math
+import re
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from torch import nn
 
 from .checkpoint import DTYPES, load_base_model, save_checkpoint
-from .classes import DEFAULT_PROMPT, normalise
-from .errors import InputError
-from .launch import Launch
+from .classes import DEFAULT_PROMPT, find_repeated, normalise
+from .errors import InputError, RunError
 from .photos import Photos
-from .posteriors import Posteriors, plan_showing
 from .quiet import quiet_libraries
+from .samples import PictureLatents, Sample, plan_sample
 
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 MAX_GRADIENT_NORM = 1.0  # of all LoRA weights together; larger gradients are clipped
+LONGEST_WAIT = timedelta(hours=3)  # for another process: one of them draws previews, which takes long on a CPU
+# before the class's name in the folders of some data sets: 001.Black_footed_Albatross, n02085620-Chihuahua
+FOLDER_NUMBER = re.compile(r"n?\d+[\s._-]+(?=.*[^\W\d_])")
 MIXED_PRECISION = {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}
 
 
@@ -49,22 +55,25 @@ class Settings:
     seed: int
 
 
-def create_accelerator(device: str, dtype: str, launch: Launch) -> Accelerator:
-    """Connect the processes of this launch; the device is cuda, cuda:N, mps or cpu.
+def create_accelerator(device: str, dtype: str) -> Accelerator:
+    """Connect the processes of accelerate launch or torchrun; the device is cuda, cuda:N, mps or cpu.
 
     Raises:
         InputError: the device does not support the dtype, or accelerate is configured for sharding or the like.
     """
     if ":" in device:
         torch.cuda.set_device(device)
-    launch.connect_torch("nccl" if device.startswith("cuda") else "gloo")
     try:
-        accelerator = Accelerator(
-            cpu=device == "cpu",
-            mixed_precision=MIXED_PRECISION[dtype],
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer itself accumulates
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        with _ended_by_signals():
+            accelerator = Accelerator(
+                cpu=device == "cpu",
+                mixed_precision=MIXED_PRECISION[dtype],
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer itself accumulates
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+                ],
+            )
     except ValueError as error:
         raise InputError(f"`dtype`: {dtype} cannot be used on {device}: {error}") from error
     kind = accelerator.distributed_type
@@ -73,18 +82,30 @@ def create_accelerator(device: str, dtype: str, launch: Launch) -> Accelerator:
     return accelerator
 
 
-class TokenTable(nn.Module):
-    """A frozen embedding table followed by trained rows; only these rows have gradients and optimizer moments."""
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let a signal end the process at once: while torch waits for other processes, no handler of Python runs."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
-    def __init__(self, frozen: nn.Embedding, rows: torch.Tensor):
+
+class TokenTable(nn.Module):
+    """A frozen embedding table and trained rows for the ids from `first_id`; only these have gradients and moments."""
+
+    def __init__(self, frozen: nn.Embedding, rows: torch.Tensor, first_id: int):
         super().__init__()
         self.frozen = frozen
         self.rows = nn.Parameter(rows)
+        self.first_id = first_id
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        own = ids - self.frozen.num_embeddings
-        old = self.frozen(ids.clamp(max=self.frozen.num_embeddings - 1))
-        return torch.where((own >= 0)[..., None], F.embedding(own.clamp(min=0), self.rows).to(old.dtype), old)
+        is_new = (ids >= self.first_id)[..., None]
+        old = self.frozen(ids.clamp(max=self.first_id - 1))
+        return torch.where(is_new, F.embedding((ids - self.first_id).clamp(min=0), self.rows).to(old.dtype), old)
 
 
 class NoiseEstimator(nn.Module):
@@ -111,8 +132,7 @@ class Trainer:
     Attributes:
         effective_batch: pictures per step, over all processes and accumulated gradients.
         lora: (down, up) of each attention layer, in the form that `save_checkpoint` takes.
-        rows: the new tokens' embeddings (num_classes, width).
-        posteriors: the pictures' latents.
+        latents: the pictures' latents.
 
     Raises:
         InputError: the model cannot be loaded, or its text encoder cannot read the captions.
@@ -133,10 +153,10 @@ class Trainer:
                 part.requires_grad_(False)
             config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=LORA_LAYERS)
             pipe.unet.add_adapter(config)
+            self._token_table = self._add_tokens(pipe.tokenizer, pipe.text_encoder)
         self._schedule = DDPMScheduler.from_config(pipe.scheduler.config)
         if self._schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise InputError(f"`model`: {settings.model} estimates neither noise nor velocity; choose another")
-        self.rows = self._add_tokens(pipe.tokenizer, pipe.text_encoder)
         self.lora = self._draw_lora(pipe.unet)
         pipe.unet.train()
         if settings.gradient_checkpointing:
@@ -152,38 +172,52 @@ class Trainer:
         self._rate_factor = schedule.lr_lambdas[0]  # a function of the step alone, so a state does not hold it
         self._model, self._optimizer = accelerator.prepare(NoiseEstimator(pipe.unet, pipe.text_encoder), optimizer)
         self._scaling_factor: float = pipe.vae.config.scaling_factor
-        self.posteriors = Posteriors(
-            pipe.vae.to(accelerator.device),
-            photos,
-            settings.resolution,
-            settings.random_flip,
-            settings.random_crop,
-            settings.train_batch_size,
-            accelerator,
+        vae = pipe.vae.to(accelerator.device)
+        self.latents = PictureLatents(
+            vae, photos, settings.resolution, settings.random_flip, settings.random_crop, accelerator
         )
 
-    def step(self, step: int) -> float:
-        """Train one step, counted from 0; return its loss, the mean over all processes."""
+    @property
+    def rows(self) -> nn.Parameter:
+        """The new tokens' embeddings (num_classes, width)."""
+        return self._token_table.rows
+
+    def step(self, step: int, wants_stop: bool = False) -> tuple[float, bool]:
+        """Train one step, counted from 0.
+
+        Returns:
+            The loss, the mean over all processes; and whether any process wants to stop.
+
+        Raises:
+            RunError: the loss or, without a loss scaler, a gradient is not finite. The weights are lost.
+        """
         for group, rate in zip(self._optimizer.param_groups, self._rates):
             group["lr"] = rate * self._rate_factor(step)
-        size, count = self.settings.train_batch_size, self.settings.gradient_accumulation_steps
+        count = self.settings.gradient_accumulation_steps
         mean_loss = torch.zeros((), device=self._accelerator.device)
         for part in range(count):
-            place = part * self._accelerator.num_processes + self._accelerator.process_index
-            first = step * self.effective_batch + place * size
             is_last = part == count - 1  # average the processes' gradients once per step
             with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._model):
-                loss = self._loss(range(first, first + size)) / count
+                loss = self._loss(step, part) / count
                 self._accelerator.backward(loss)
             mean_loss += loss.detach()
-        self._accelerator.clip_grad_norm_(self._lora_weights, MAX_GRADIENT_NORM)
+        lora_norm = self._accelerator.clip_grad_norm_(self._lora_weights, MAX_GRADIENT_NORM)
+        gradient_norm = lora_norm + torch.linalg.vector_norm(self.rows.grad)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(self._accelerator.reduce(mean_loss, "mean"))
+        report = torch.stack([mean_loss, gradient_norm, torch.full_like(mean_loss, wants_stop)])
+        mean, gradient, stopping = self._accelerator.reduce(report, "mean").tolist()
+        if not math.isfinite(mean) or (self._accelerator.scaler is None and not math.isfinite(gradient)):
+            what = "gradient" if math.isfinite(mean) else "loss"
+            self._raise_not_finite(f"the {what} of step {step + 1}")
+        return mean, stopping > 0
 
     def state(self) -> dict[str, Any]:
-        """Return everything that training changes, for `load_state`."""
+        """Return everything that training changes, for `load_state`. Raises RunError if a number is not finite."""
         scaler = self._accelerator.scaler
+        moments = [tensor for values in self._optimizer.state.values() for tensor in values.values()]
+        if not all(bool(tensor.isfinite().all()) for tensor in (*self._lora_weights, self.rows, *moments)):
+            self._raise_not_finite("a trained weight")
         return {
             "lora": {name: [half.detach().cpu() for half in halves] for name, halves in self.lora.items()},
             "rows": self.rows.detach().cpu(),
@@ -206,26 +240,30 @@ class Trainer:
         """Write the checkpoint."""
         save_checkpoint(folder, self.lora, self.rows, self.photos.class_names)
 
-    def _add_tokens(self, tokenizer: Any, text_encoder: Any) -> nn.Parameter:
-        """Add a token per class, initialised as the mean of its name's tokens; set the captions' ids; return rows."""
+    def _raise_not_finite(self, what: str) -> NoReturn:
+        """Raise a RunError in the main process; the others, where the same happens, end without a message."""
+        if not self._accelerator.is_main_process:
+            raise SystemExit(1)
+        precision = " or `dtype=bfloat16`" if self._dtype == torch.float16 else ""
+        raise RunError(f"{what} is not finite; use another `output_dir` and lower learning rates{precision}")
+
+    def _add_tokens(self, tokenizer: Any, text_encoder: Any) -> TokenTable:
+        """Add a token per class, initialised as the mean of the tokens of its name; set the captions' ids."""
         names, table = self.photos.class_names, text_encoder.get_input_embeddings()
         placeholders = [f"<class_{label}>" for label in range(len(names))]
         known = tokenizer.get_vocab().keys() & placeholders
         if known:
             raise InputError(f"`model`: its tokenizer already has the token {min(known)}; choose another model")
-        own_ids = [tokenizer(normalise(name), add_special_tokens=False).input_ids for name in names]
+        own_ids = [tokenizer(normalise(name), add_special_tokens=False).input_ids for name in without_numbers(names)]
         rows = torch.stack([table.weight[ids].float().mean(0) for ids in own_ids])
         tokenizer.add_tokens(placeholders)
         captions = [DEFAULT_PROMPT.format(name=name, meta_class=self.settings.meta_class) for name in placeholders]
         if len(tokenizer(captions[-1]).input_ids) > tokenizer.model_max_length:
             raise InputError(f"`meta_class`: is too long; the model reads {tokenizer.model_max_length} tokens")
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        first_new = tokenizer.convert_tokens_to_ids(placeholders[0])
-        # the table may be longer than the tokenizer's vocabulary
-        self._ids = torch.where(ids >= first_new, ids - first_new + table.num_embeddings, ids)
-        token_table = TokenTable(table, rows)
+        self._ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        token_table = TokenTable(table, rows, tokenizer.convert_tokens_to_ids(placeholders[0]))
         text_encoder.set_input_embeddings(token_table)
-        return token_table.rows
+        return token_table
 
     def _draw_lora(self, unet: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Draw `down` from a normal distribution of standard deviation 1 / rank; set `up` to zero; both in float32."""
@@ -239,23 +277,40 @@ class Trainer:
                 lora[name] = (down, up)
         return lora
 
-    def _loss(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Return the mean squared error of the estimate for the showings with these numbers."""
-        device, settings, schedule = self._accelerator.device, self.settings, self._schedule
-        num_pictures, num_timesteps = len(self.photos.files), schedule.config.num_train_timesteps
-        shape = self.posteriors.shape
-        showings = [
-            plan_showing(settings.seed, number, num_pictures, num_timesteps, shape, settings.random_flip)
-            for number in numbers
+    def _plan(self, step: int, part: int) -> list[Sample]:
+        """Return this process's samples in a batch: `part` counts the accumulated batches of a step."""
+        settings, accelerator = self.settings, self._accelerator
+        place = part * accelerator.num_processes + accelerator.process_index
+        first = step * self.effective_batch + place * settings.train_batch_size
+        num_pictures, num_timesteps = len(self.photos.files), self._schedule.config.num_train_timesteps
+        return [
+            plan_sample(settings.seed, index, num_pictures, num_timesteps, self.latents.shape, settings.random_flip)
+            for index in range(first, first + settings.train_batch_size)
         ]
-        mean, deviation = self.posteriors.of(showings).to(device, torch.float32).unbind(1)
-        posterior_noise = torch.stack([showing.posterior_noise for showing in showings]).to(device)
-        noise = torch.stack([showing.noise for showing in showings]).to(device)
-        timesteps = torch.tensor([showing.timestep for showing in showings], device=device)
-        ids = self._ids[[self.photos.labels[showing.index] for showing in showings]].to(device)
+
+    def _loss(self, step: int, part: int) -> torch.Tensor:
+        """Return the mean squared error of the estimate for this process's samples in a batch."""
+        device, schedule = self._accelerator.device, self._schedule
+        samples = self._plan(step, part)
+        upcoming: list[Sample] = []
+        if self.settings.random_crop:
+            is_last = part == self.settings.gradient_accumulation_steps - 1
+            upcoming = self._plan(step + 1, 0) if is_last else self._plan(step, part + 1)
+        encoded = self.latents.of([sample.view for sample in samples], [sample.view for sample in upcoming])
+        mean, deviation = encoded.to(device, torch.float32).unbind(1)
+        posterior_noise = torch.stack([sample.posterior_noise for sample in samples]).to(device)
+        noise = torch.stack([sample.noise for sample in samples]).to(device)
+        timesteps = torch.tensor([sample.timestep for sample in samples], device=device)
+        ids = self._ids[[self.photos.labels[sample.picture] for sample in samples]].to(device)
         latents = (mean + deviation * posterior_noise) * self._scaling_factor
         noisy = schedule.add_noise(latents, noise, timesteps)
         is_velocity = schedule.config.prediction_type == "v_prediction"
         target = schedule.get_velocity(latents, noise, timesteps) if is_velocity else noise
         estimate = self._model(noisy.to(self._dtype), timesteps, ids)
         return F.mse_loss(estimate.float(), target)
+
+
+def without_numbers(class_names: Sequence[str]) -> list[str]:
+    """Return the names without the numbers that folders of known data sets begin with, unless names would be equal."""
+    names = [FOLDER_NUMBER.sub("", name, count=1) for name in class_names if FOLDER_NUMBER.match(name)]
+    return list(class_names) if len(names) < len(class_names) or find_repeated(names) else names

@@ -32,9 +32,9 @@ from random_models import SHAPES, build
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix.classes import load_classes, normalise
-from noisecutmix.launch import Launch
-from noisecutmix.photos import crop_square, find_photos, open_photo
-from noisecutmix.posteriors import plan_showing
+from noisecutmix.photos import find_photos
+from noisecutmix.pictures import crop_square, open_photo
+from noisecutmix.samples import plan_sample
 from noisecutmix.training import LORA_LAYERS, Settings, Trainer, create_accelerator
 
 NUM_CLASSES, PICTURES_A_CLASS = 10, 2
@@ -103,24 +103,21 @@ class PlainLoop:
     def step(self, step: int) -> float:
         settings, photos, device = self.setup.settings, self.photos, self.setup.device
         size = settings.train_batch_size
-        showings = [
-            plan_showing(settings.seed, step * size + i, len(photos.files), 1000, self.shape, False)
-            for i in range(size)
+        samples = [
+            plan_sample(settings.seed, step * size + i, len(photos.files), 1000, self.shape, False) for i in range(size)
         ]
-        images = [crop_square(open_photo(photos.files[showing.index]), settings.resolution) for showing in showings]
+        images = [crop_square(open_photo(photos.files[sample.picture]), settings.resolution) for sample in samples]
         pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
         with torch.no_grad():
             posterior = self.pipe.vae.encode(pixels.to(device, self.dtype)).latent_dist
-        posterior_noise = torch.stack([showing.posterior_noise for showing in showings]).to(device)
+        posterior_noise = torch.stack([sample.posterior_noise for sample in samples]).to(device)
         latents = (
             posterior.mean.float() + posterior.std.float() * posterior_noise
         ) * self.pipe.vae.config.scaling_factor
-        noise = torch.stack([showing.noise for showing in showings]).to(device)
-        timesteps = torch.tensor([showing.timestep for showing in showings], device=device)
+        noise = torch.stack([sample.noise for sample in samples]).to(device)
+        timesteps = torch.tensor([sample.timestep for sample in samples], device=device)
         noisy = self.schedule.add_noise(latents, noise, timesteps).to(self.dtype)
-        captions = [
-            f"a photo of a <class_{photos.labels[showing.index]}> {settings.meta_class}" for showing in showings
-        ]
+        captions = [f"a photo of a <class_{photos.labels[sample.picture]}> {settings.meta_class}" for sample in samples]
         ids = self.pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         with torch.autocast(torch.device(device).type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = self.pipe.text_encoder(ids.to(device))[0].to(self.dtype)
@@ -139,15 +136,15 @@ class OurLoop:
     """Trains as ckpts/finetune.py does."""
 
     def __init__(self, setup: Setup):
-        accelerator = create_accelerator(setup.device, setup.settings.dtype, Launch())
+        accelerator = create_accelerator(setup.device, setup.settings.dtype)
         self.trainer = Trainer(setup.settings, find_photos(setup.data_dir), accelerator)
         start = time.perf_counter()
-        self.trainer.posteriors.encode(setup.data_dir.with_suffix(".bin"))
+        self.trainer.latents.encode(setup.data_dir.with_suffix(".bin"), "")
         self.seconds_encoding = time.perf_counter() - start
         gc.collect()
 
     def step(self, step: int) -> float:
-        return self.trainer.step(step)
+        return self.trainer.step(step)[0]
 
 
 def work(way: str, setup: Setup, connection: Connection) -> None:

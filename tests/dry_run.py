@@ -132,7 +132,7 @@ def compute_training(
             # on a "meta" device: for a backward pass on CUDA, PyTorch needs a driver
             with tempfile.TemporaryDirectory() as folder, FakeCard("meta") as card:
                 trainer = build_trainer(card, shape, Path(folder), settings)
-                trainer.posteriors.encode(Path(folder) / "posteriors.bin")
+                trainer.latents.encode(Path(folder) / "latents.bin", "")
                 most_while_encoding = max(card.peaks.values())
                 with cuda_autocast(getattr(torch, dtype)):
                     trainer.step(0)  # makes the optimizer's moments

@@ -22,7 +22,7 @@ SETTINGS = Settings(
     meta_class="thing",
     resolution=32,
     random_crop=False,
-    random_flip=False,
+    random_flip=True,
     rank=10,
     max_train_steps=2,
     train_batch_size=4,
@@ -86,8 +86,8 @@ class OneCard:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def clip_grad_norm_(self, parameters: list[torch.Tensor], norm: float) -> None:
-        torch.nn.utils.clip_grad_norm_([self._placed[parameter] for parameter in parameters], norm)
+    def clip_grad_norm_(self, parameters: list[torch.Tensor], norm: float) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_([self._placed[parameter] for parameter in parameters], norm)
 
     def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
         return tensor

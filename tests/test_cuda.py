@@ -21,7 +21,6 @@ from random_models import SHAPES, build
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from noisecutmix.launch import Launch
 from noisecutmix.photos import find_photos
 from noisecutmix.training import Trainer, create_accelerator
 
@@ -268,8 +267,8 @@ def test_a_training_step_costs_what_a_real_one_does(tmp_path):
     for label in range(2):
         (tmp_path / "photos" / str(label)).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "photos" / str(label) / "0.png")
-    trainer = Trainer(settings, find_photos(tmp_path / "photos"), create_accelerator("cpu", "float32", Launch()))
-    trainer.posteriors.encode(tmp_path / "posteriors.bin")
+    trainer = Trainer(settings, find_photos(tmp_path / "photos"), create_accelerator("cpu", "float32"))
+    trainer.latents.encode(tmp_path / "latents.bin", "")
     aten = torch.ops.aten
     attention = {  # PyTorch 2.6 does not count these
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),

@@ -254,7 +254,7 @@ def finetune(base, pictures, output_dir, steps, seed):
         "device": "cpu",
     }
     flags = [f"--{name}={value}" for name, value in arguments.items()]
-    subprocess.run([sys.executable, str(FINETUNE), *flags, "--overwrite"], check=True)
+    subprocess.run([sys.executable, str(FINETUNE), *flags, "--no_random_flip"], check=True)
 
 
 def main():
