@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this repository's package, whichever is installed
 
@@ -61,8 +61,7 @@ Job = tuple[str, int]  # a row and the number of a seed
 JUDGE: Job = ("none", 0)  # its classifier scores the augmented pictures
 
 
-@dataclasses.dataclass(frozen=True)
-class AugmentedSet:
+class AugmentedSet(NamedTuple):
     """A data set of augmentation.py: `label_order[k]` is the place, in its labels, of class k of the real pictures.
 
     `num_seen` is the number of real pictures that its generator was fine-tuned on, None if it is not known.
