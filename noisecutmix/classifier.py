@@ -161,7 +161,7 @@ class Classifier:
         self.model.train()
         with keeping_global_state(device):
             for step, (pictures, labels) in enumerate(loader):
-                seed_global_state(derive_seed(self.seed, 4, step))  # of dropout
+                seed_global_state(derive_seed(self.seed, 4, step), device)  # for dropout
                 pictures, labels = pictures.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 labels = (1 - LABEL_SMOOTHING) * labels + LABEL_SMOOTHING / self.num_classes
                 if mix:
@@ -223,7 +223,7 @@ print(about["class_names"][int(model(picture[None]).argmax())])"""
 def check_model(name: str) -> None:
     """Raise an InputError if timm knows no model of this name."""
     if ":" not in name and not timm.is_model(name):  # a colon is in names of the hub
-        close = timm.list_models(f"*{name}*")[:3] or difflib.get_close_matches(name, timm.list_models(), n=3)
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all of them"
         raise InputError(f"`model`: timm has no {name!r}; {hint}")
 
@@ -266,10 +266,12 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def seed_global_state(seed: int) -> None:
+def seed_global_state(seed: int, device: str = "cpu") -> None:
     """Seed Python's and torch's global generators, from which timm's layers and transforms draw."""
     random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow, and remembers every call for a GPU
+    if device.startswith("cuda"):
+        torch.cuda.manual_seed(seed)
 
 
 @contextlib.contextmanager
