@@ -192,7 +192,8 @@ def describe_listing(photos: Photos) -> str:
     digest = hashlib.sha256()
     for file in photos.files:
         status = file.stat()
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        name = file.relative_to(photos.root).as_posix()
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -244,6 +245,8 @@ def train_and_draw(
     from noisecutmix.training import create_accelerator
 
     accelerator = create_accelerator(options.device, options.dtype)
+    if accelerator.num_processes != description["processes"]:
+        raise InputError("`device`: several processes need cuda or cpu; start one process for another device")
     for others in gather_object([description["options"]]):  # another machine may have other files
         differences = record.describe_differences(others, description["options"])
         if differences:
@@ -254,6 +257,7 @@ def train_and_draw(
             train(options, photos, steps, folder, description, accelerator)
         if accelerator.is_main_process:
             accelerator.free_memory()
+            folder.latents_file.unlink(missing_ok=True)
             draw_preview(options, photos, folder, record.PREVIEW_FILE)
     except RuntimeError as error:
         if is_out_of_memory(error):
@@ -321,6 +325,7 @@ def train(
                 folder.write_state(done, {**trainer.state(), "losses": losses})
                 folder.write_checkpoint(done, losses, classes, trainer.save)
             if is_stopping:
+                accelerator.wait_for_everyone()  # for the state: a launcher ends the others once one has ended
                 raise script.Stopped
             bar.update()
             recent = losses[-SMOOTHED_OVER:]
@@ -330,9 +335,6 @@ def train(
                 minutes = (time.monotonic() - start) / MEASURED_STEPS * (steps - done) / 60
                 duration = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
                 script.say(f"{steps - done} steps remain, about {duration}")
-    del trainer  # it maps the latents into memory; Windows does not delete a mapped file
-    if is_main:
-        folder.latents_file.unlink(missing_ok=True)
 
 
 def draw_preview(options: argparse.Namespace, photos: Photos, folder: TrainingFolder, file_name: str) -> None:

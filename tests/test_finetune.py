@@ -765,6 +765,20 @@ def test_the_checkpoint_works_while_the_training_lasts(tmp_path, flags, monkeypa
     assert torch.equal(torch.stack(list(weights_of(tmp_path / "out").values())[-3:]), state["rows"])
 
 
+def test_a_stop_between_the_last_step_and_the_preview_leaves_no_latents(tmp_path, flags, trained, monkeypatch):
+    monkeypatch.setattr("noisecutmix.preview.draw_comparison", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path, *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.undo()
+    finetune(tmp_path, *flags)
+    assert_same_training(tmp_path / "out", trained)
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
 def test_previews_show_how_it_learns(tmp_path, flags, trained, monkeypatch):
     """They are the same after an interruption, also one between a checkpoint and its preview."""
     finetune(tmp_path, *flags, "--preview_steps=5")
