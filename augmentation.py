@@ -7,6 +7,7 @@ Any number of processes may draw into one folder: of a launcher, of a job array,
 """
 
 import random
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,10 @@ def main() -> None:
     # slow imports, once the arguments are checked
     from noisecutmix import record
     from noisecutmix.folder import OutputFolder
-    from noisecutmix.plan import Plan
+    from noisecutmix.plan import create_plan
 
-    names = options.classes.names
-    plan = Plan(options.seed, len(names), options.alpha, options.resolution, options.single_class)
-    folder = OutputFolder(options.output_dir, plan, options.num_aug, names, record.data_options(options, device))
+    plan, data_options = create_plan(options), record.data_options(options, device)
+    folder = OutputFolder(options.output_dir, plan, options.num_aug, options.classes.names, data_options)
     folder.check_usable()
     if not folder.is_complete(options.verify):
         from noisecutmix.generator import create_generator
@@ -56,17 +56,25 @@ def draw_missing(
     rank, count = script.rank_and_count()
     missing = folder.find_missing(range(folder.num_items), verify)
     begins_share = len(missing) == folder.num_items and (is_new or count > 1)
+    seconds, waits = 0.0, False  # for a block
     bar = tqdm(total=len(missing), unit="image", disable=not script.is_first_process())
     with BackgroundWriter(folder.write) as writer, bar:
         while missing:
             bar.total = bar.n + -(-len(missing) // count)  # the share of this process
-            for block in order_blocks(missing, batch_size, rank, count, begins_share):
+            blocks = order_blocks(missing, batch_size, rank, count, begins_share)
+            waits = len(blocks) <= count and not (waits or begins_share)
+            if waits:  # the other processes are probably drawing these blocks
+                time.sleep(seconds)
+                blocks = []
+            for block in blocks:
                 script.check_signals()
                 if not folder.find_missing(block, verify):
                     break  # another process has drawn the block, and draws those that follow
-                start = block[0] - block[0] % batch_size
-                items = [folder.plan.item(index) for index in range(start, start + batch_size)]
+                start = time.monotonic()
+                first = block[0] - block[0] % batch_size
+                items = [folder.plan.item(index) for index in range(first, first + batch_size)]
                 images = generator.draw(items)
+                seconds = time.monotonic() - start
                 block = folder.find_missing(block, verify)
                 if not block:
                     break  # another process has drawn it at the same time

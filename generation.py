@@ -26,10 +26,10 @@ def main() -> None:
 
     from noisecutmix.files import write_png
     from noisecutmix.generator import create_generator
-    from noisecutmix.plan import Plan
+    from noisecutmix.plan import create_plan
     from noisecutmix.preview import MOST_PICTURES, draw_preview
 
-    plan = Plan(options.seed, len(options.classes.names), options.alpha, options.resolution, options.single_class)
+    plan = create_plan(options)
     generator = create_generator(options, device, plan)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     delete_earlier_pictures(options.output_dir)

@@ -23,7 +23,8 @@ from noisecutmix.classes import META_CLASSES, STABLE_DIFFUSION, Classes
 from noisecutmix.cli import Parser, as_device, as_model, as_number, as_path, as_text, check_model, check_text
 from noisecutmix.errors import InputError, RunError, is_out_of_memory
 from noisecutmix.files import check_writable, write_png
-from noisecutmix.photos import Photos, check_photos, crop_square, find_photos, open_photo
+from noisecutmix.photos import Photos, check_photos, find_photos
+from noisecutmix.pictures import crop_square, open_photo
 from noisecutmix.ranges import RANGES, Range, default_dtype
 from noisecutmix.training_folder import TrainingFolder
 

@@ -1,4 +1,4 @@
-"""The training pictures: listing one folder per class, checking every file, opening them as square RGB pictures.
+"""The training pictures: listing one folder per class, and checking every file.
 
 The module imports neither torch nor numpy, so that a bad folder is refused at once.
 """
@@ -6,25 +6,27 @@ The module imports neither torch nor numpy, so that a bad folder is refused at o
 import collections
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from .classes import comparison_key
-from .errors import InputError, first_line
+from .errors import InputError
+from .pictures import inspect_photo
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-PHOTOMETRIC, BITS_PER_SAMPLE = 262, 258  # TIFF tags
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+UNMEANT_FOLDERS = ("@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found")
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
 
 @dataclass(frozen=True)
 class Photos:
     """A folder of pictures: `labels[i]` is the class of `files[i]`; label k is `class_names[k]`.
 
-    `notes` are sentences about files that are not used, to be printed for the user.
+    `notes` are sentences about what is not used, to be printed for the user.
     """
 
     root: Path
@@ -34,49 +36,68 @@ class Photos:
     notes: tuple[str, ...]
 
 
-def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0) -> Photos:
+def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0, flag: str = "data_dir") -> Photos:
     """List the pictures below each class's folder, in the order of torchvision's ImageFolder.
+
+    Hidden files and folders, and folders such as @eaDir, are not used.
 
     Args:
         root: holds one folder per class; pictures may lie at any depth below it.
         examples_per_class: the number of pictures of each class, chosen by `seed`; None takes all.
+        seed: see `examples_per_class`.
+        flag: the parameter that the messages name.
 
     Raises:
-        InputError: there are not at least two classes, a class has no picture, or two folders have the same name.
+        InputError: there are not at least two classes, a class has no picture, two folders have the same name, the
+            folders are splits rather than classes, or a link leads nowhere or to a folder that is used already.
     """
     if not root.is_dir():
-        raise InputError(f"`data_dir`: {root} is {'a file' if root.exists() else 'not there'}; give a folder")
+        raise InputError(f"`{flag}`: {root} is {'a file' if root.exists() else 'not there'}; give a folder")
     try:
-        folders = sorted((Path(entry) for entry in os.scandir(root) if entry.is_dir()), key=lambda path: path.name)
+        walk = _Walk(root)
+        entries = walk.list(root)
+        folders = [path for path, is_folder in entries if is_folder]
+        _check_names(root, folders)
+        _check_splits(root, folders)
+        files: list[Path] = []
+        labels: list[int] = []
+        num_small = 0
+        for folder in folders:
+            walk.enter(folder)
+        for label, folder in enumerate(folders):
+            of_class = sorted(walk.pictures(folder))
+            if not of_class:
+                raise InputError(f"{folder} holds no picture ({', '.join(SUFFIXES)}); add some or delete it")
+            if examples_per_class is not None:
+                num_small += len(of_class) < examples_per_class
+                of_class = sorted(sorted(of_class, key=lambda file: _random_key(seed, root, file))[:examples_per_class])
+            files += of_class
+            labels += [label] * len(of_class)
+    except InputError as error:
+        raise InputError(f"`{flag}`: {error}") from error
     except OSError as error:
-        raise InputError(f"`data_dir`: {root} cannot be read: {error.strerror}") from error
-    _check_names(root, folders)
-    files: list[Path] = []
-    labels: list[int] = []
-    unused: collections.Counter[str] = collections.Counter()
-    num_small = 0
-    for label, folder in enumerate(folders):
-        found = [file for file in _walk(folder) if not file.name.startswith(".")]
-        of_class = sorted(file for file in found if file.suffix.lower() in SUFFIXES)
-        unused.update(file.suffix.lower() or file.name for file in found if file.suffix.lower() not in SUFFIXES)
-        if not of_class:
-            raise InputError(f"`data_dir`: {folder} holds no picture ({', '.join(SUFFIXES)}); add some or delete it")
-        if examples_per_class is not None:
-            num_small += len(of_class) < examples_per_class
-            of_class = sorted(sorted(of_class, key=lambda file: _random_key(seed, root, file))[:examples_per_class])
-        files += of_class
-        labels += [label] * len(of_class)
+        raise InputError(f"`{flag}`: {error.filename} cannot be read: {error.strerror}") from error
     notes = []
-    if unused:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in unused.most_common(4))
-        notes.append(f"{unused.total()} files are not pictures of a supported type ({kinds}); they are not used")
+    if walk.unused:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in walk.unused.most_common(4))
+        notes.append(f"{walk.unused.total()} files are not pictures of a supported type ({kinds}); they are not used")
+    if walk.unmeant:
+        names = ", ".join(sorted(walk.unmeant)[:4])
+        notes.append(f"{walk.unmeant.total()} hidden and system folders and files ({names}) are not used")
+    loose = [path for path, is_folder in entries if not is_folder and path.suffix.lower() in SUFFIXES + ARCHIVES]
+    if loose:
+        notes.append(f"{len(loose)} pictures and archives lie beside the class folders; they are not used")
     if num_small:
         notes.append(f"{num_small} classes have fewer than {examples_per_class} pictures; all of them are used")
     return Photos(root, tuple(folder.name for folder in folders), tuple(files), tuple(labels), tuple(notes))
 
 
 def check_photos(photos: Photos, resolution: int | None = None) -> tuple[str, ...]:
-    """Open every picture.
+    """Open every picture; return sentences about pictures that are used but may not be what the user expects.
+
+    Args:
+        photos: the pictures.
+        resolution: the side of the training pictures in pixels, to count those that are smaller.
 
     Raises:
         InputError: a picture cannot be read; the message names the first one.
@@ -85,93 +106,101 @@ def check_photos(photos: Photos, resolution: int | None = None) -> tuple[str, ..
 
     pool = ThreadPoolExecutor()
     try:
-        reasons = pool.map(_reason_against, photos.files)
-        bar = tqdm(reasons, "checking pictures", len(photos.files), leave=False, unit="picture", delay=2)
-        failed = [reason for reason in bar if reason]
+        results = pool.map(inspect_photo, photos.files)
+        bar = tqdm(results, "checking pictures", len(photos.files), leave=False, unit="picture", delay=2)
+        reasons, sides, have_pages = zip(*bar)
     finally:
         pool.shutdown(cancel_futures=True)
+    failed = [reason for reason in reasons if reason]
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise InputError(f"{failed[0]}{more}")
-    return ()
+    num_small, num_paged = sum(side < (resolution or 0) for side in sides), sum(have_pages)
+    notes = [f"{num_small} pictures are smaller than {resolution} pixels; they are enlarged"] if num_small else []
+    if num_paged:
+        notes.append(f"{num_paged} TIFF files have several pages; the first one is used, which may be a thumbnail")
+    return tuple(notes)
 
 
-def open_photo(file: Path) -> Image.Image:
-    """Return a picture as RGB: rotated as its EXIF orientation says, 16 bits scaled to 8, on a white background.
+class _Walk:
+    """Lists folders, each one once, and counts what is not used."""
 
-    Raises:
-        InputError: the file cannot be read, or its format does not define which value is white.
-    """
-    try:
-        # given a file name, Pillow maps an uncompressed TIFF into memory and corrupts it when it rotates it
-        with open(file, "rb") as stream, Image.open(stream) as image:
-            image.load()
-            grey = _scale_to_8_bits(image) if image.mode.startswith(("I", "F")) else image
-            return _lay_on_white(ImageOps.exif_transpose(grey))
-    except Exception as error:  # Pillow's readers raise many types, also those of struct and zlib
-        raise InputError(f"`data_dir`: {file} cannot be read: {first_line(error)}") from error
+    def __init__(self, root: Path):
+        self.unused: collections.Counter[str] = collections.Counter()  # files, by type
+        self.unmeant: collections.Counter[str] = collections.Counter()  # by name
+        self._entered: dict[tuple[int, int], Path] = {}  # by device and inode
+        self._root = root
+        self.enter(root)
 
+    def enter(self, folder: Path) -> bool:
+        """Return whether the folder is entered for the first time.
 
-def crop_square(image: Image.Image, side: int, position: float = 0.5) -> Image.Image:
-    """Scale the shorter side to `side` pixels and crop the longer one: `position` 0 keeps its start, 1 its end."""
-    short = min(image.size)
-    left, top = ((length - short) * position for length in image.size)
-    box = (left, top, left + short, top + short)
-    return image.resize((side, side), Image.Resampling.LANCZOS, box)
+        Raises:
+            InputError: it is a link to a folder that contains it, or that another class has.
+        """
+        status = folder.stat()
+        other = self._entered.setdefault((status.st_dev, status.st_ino), folder)
+        if other == folder:
+            return True
+        depth = len(self._root.parts) + 1
+        if other in folder.parents or other.parts[:depth] != folder.parts[:depth]:
+            raise InputError(f"{folder} leads to {other}, which is used already; remove the link")
+        return False
+
+    def list(self, folder: Path) -> list[tuple[Path, bool]]:
+        """Return (path, whether it is a folder) of what is used in a folder, sorted by name."""
+        entries = []
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            path = Path(entry.path)
+            if _is_unmeant(entry.name):
+                self.unmeant[entry.name] += 1
+                continue
+            if entry.is_symlink() and not path.exists():
+                raise InputError(f"{path} is a link to nothing; repair or remove it")
+            entries.append((path, entry.is_dir()))
+        return entries
+
+    def pictures(self, folder: Path) -> Iterator[Path]:
+        """Yield the pictures below a folder that has been entered."""
+        for path, is_folder in self.list(folder):
+            if is_folder:
+                yield from self.pictures(path) if self.enter(path) else ()
+            elif path.suffix.lower() in SUFFIXES and stat.S_ISREG(path.stat().st_mode):
+                yield path
+            else:
+                self.unused[path.suffix.lower() or path.name] += 1
 
 
 def _check_names(root: Path, folders: list[Path]) -> None:
     by_name: dict[str, Path] = {}
     for folder in folders:
         name = comparison_key(folder.name)
-        if folder.name.startswith(".") or not name or not folder.name.isprintable():
-            raise InputError(f"`data_dir`: {str(folder)!r} is not a valid class name; rename or move the folder")
+        if not name or not folder.name.isprintable():
+            raise InputError(f"{str(folder)!r} is not a valid class name; rename or move the folder")
         if name in by_name:
-            raise InputError(f"`data_dir`: {by_name[name]} and {folder} count as the same class name; rename one")
+            raise InputError(f"{by_name[name]} and {folder} count as the same class name; rename one")
         by_name[name] = folder
     if len(folders) < 2:
         raise InputError(
-            f"`data_dir`: {root} holds {len(folders)} class folders, but at least two are needed; "
+            f"{root} holds {len(folders)} class folders, but at least two are needed; "
             "put the pictures of each class into a folder with the class's name"
         )
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    def fail(error: OSError) -> None:
-        raise InputError(f"`data_dir`: {error.filename} cannot be read: {error.strerror}") from error
+def _check_splits(root: Path, folders: list[Path]) -> None:
+    """Raise an InputError if the folders are splits of a data set, which hold the class folders."""
+    inner = [{e.name for e in os.scandir(folder) if e.is_dir() and not _is_unmeant(e.name)} for folder in folders]
+    have_same_classes = len(inner[0]) > 1 and all(names == inner[0] for names in inner)
+    if have_same_classes or all(folder.name.lower() in SPLITS for folder in folders):
+        chosen = next((folder for folder in folders if folder.name.lower().startswith("train")), folders[0])
+        names = ", ".join(folder.name for folder in folders[:3])
+        raise InputError(f"the folders in {root} ({names}) are splits, not classes; give one of them, such as {chosen}")
 
-    for parent, _, names in os.walk(folder, onerror=fail, followlinks=True):
-        yield from (Path(parent, name) for name in names)
+
+def _is_unmeant(name: str) -> bool:
+    return name.startswith(".") or name.lower() in UNMEANT_FOLDERS
 
 
 def _random_key(seed: int, root: Path, file: Path) -> bytes:
     """Return the sort key that puts a picture into the seed's order; it does not depend on the other pictures."""
     return hashlib.sha256(f"{seed} {file.relative_to(root).as_posix()}".encode(errors="surrogateescape")).digest()
-
-
-def _reason_against(file: Path) -> str | None:
-    """Return why a picture cannot be used, None if it can."""
-    try:
-        open_photo(file)
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def _scale_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale a picture of 16-bit grey values; Pillow's own conversion clips all values above 255."""
-    tags = getattr(image, "tag_v2", {})
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    if not is_16_bit or tags.get(BITS_PER_SAMPLE, (16,)) != (16,):
-        raise ValueError(f"its format ({image.mode}) does not define which value is white; save it with 8 or 16 bits")
-    grey = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-    grey.info.pop("transparency", None)  # it is a 16-bit value
-    is_white_zero = tags.get(PHOTOMETRIC) == 0  # Pillow applies it to 8-bit pictures only
-    return ImageOps.invert(grey) if is_white_zero else grey
-
-
-def _lay_on_white(image: Image.Image) -> Image.Image:
-    if "transparency" not in image.info and not image.mode.endswith("A"):
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

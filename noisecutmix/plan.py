@@ -1,5 +1,6 @@
 """The plan of a data set: the classes, CutMix box, mask and noise seed of each item, known before anything is drawn."""
 
+import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -150,3 +151,9 @@ class Plan:
     def items(self, num_items: int) -> Iterator[Item]:
         """Yield items 0 to num_items - 1 in order."""
         return map(self.item, range(num_items))
+
+
+def create_plan(options: argparse.Namespace) -> Plan:
+    """Return the plan of a script's options."""
+    num_classes = len(options.classes.names)
+    return Plan(options.seed, num_classes, options.alpha, options.resolution, options.single_class)

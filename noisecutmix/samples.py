@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from . import script
 from .errors import InputError, RunError
-from .photos import Photos, crop_square, open_photo
+from .photos import Photos
+from .pictures import crop_square, open_photo
 
 PIXELS_AT_ONCE = 2**20  # in one call of the VAE, four pictures of 512x512: more need more memory and are not faster
 CHECKSUM_BYTES = 4

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from noisecutmix.cutmix import Box, draw_mask, sample_box
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -30,7 +31,6 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix import AugmentedDataset, MixedDataset, cli, record, script
-from noisecutmix.cutmix import Box, draw_mask, sample_box
 from noisecutmix.errors import RunError
 from noisecutmix.folder import OutputFolder
 from noisecutmix.generator import create_generator

@@ -19,9 +19,10 @@ ckpts/finetune.py's trainer beside a plain loop (see benchmark_finetune.py), and
     uv run python tests/benchmark.py --finetune --arch sd15 --device cpu --resolution 256 --batch_size 1 --steps 2
     uv run python tests/benchmark.py --finetune --arch sd15 --device cuda --dry_run
 
-and what a data set costs by its size:
+and what a data set costs by its size, and how well processes share one:
 
     uv run python tests/benchmark.py --scale
+    uv run python tests/benchmark.py --processes
 
 The plain way: a resize per token, LoRA adapters left unfused, contiguous memory, prompts encoded again each batch,
 float pictures on the CPU, PNG at level 6 between the batches; never compiled. Both ways draw the same items.
@@ -51,6 +52,7 @@ import numpy as np
 import torch
 import transformers
 from benchmark_finetune import measure_finetune
+from benchmark_processes import measure_processes
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from dry_run import compute_drawing, compute_training, describe, describe_training
@@ -466,6 +468,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure, default: all")
     parser.add_argument("--dry_run", action="store_true", help="compute a GPU's costs without one; measures nothing")
     parser.add_argument("--finetune", action="store_true", help="measure ckpts/finetune.py's trainer instead")
+    parser.add_argument("--processes", action="store_true", help="how well eight processes share a data set")
     parser.add_argument("--scale", action="store_true", help="what a data set costs by its size, up to a million items")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there too")
     options = parser.parse_args()
@@ -540,6 +543,8 @@ def main() -> None:
         return dry_run(options)
     if options.scale:
         return print(measure_scale())
+    if options.processes:
+        return print(measure_processes())
     if options.finetune:
         return measure_finetune(options)
     rows: list[Row] = []

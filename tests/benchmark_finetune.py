@@ -32,7 +32,8 @@ from random_models import SHAPES, build
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix.classes import load_classes, normalise
-from noisecutmix.photos import crop_square, find_photos, open_photo
+from noisecutmix.photos import find_photos
+from noisecutmix.pictures import crop_square, open_photo
 from noisecutmix.samples import plan_sample
 from noisecutmix.training import LORA_LAYERS, Settings, Trainer, create_accelerator
 

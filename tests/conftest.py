@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import clean_environment  # noqa: F401
+import numpy as np
 import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -121,6 +123,17 @@ def write_checkpoint(folder, lora_state_dict, **embeddings):
     folder.mkdir(parents=True, exist_ok=True)
     save_file(lora_state_dict, folder / "pytorch_lora_weights.safetensors")
     write_embeddings(folder, **embeddings)
+    return folder
+
+
+def write_photos(folder, class_names=CLASS_NAMES, count=3):
+    """Write pictures of noise, `count` a class, 24 pixels wide and at least 20 high."""
+    rng = np.random.default_rng(0)
+    for name in class_names:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 255, (20 + number, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
     return folder
 
 

@@ -2,7 +2,7 @@
 
 SECONDS_PER_BLOCK=0.1 python tests/simulated.py --data_name=digits --num_aug=100 --device=cpu
 
-The last line on standard error says how many blocks this process has drawn, and at what time it ended.
+The last line on standard error says how many blocks this process has drawn, and from when to when (Unix time).
 """
 
 import importlib.util
@@ -23,7 +23,8 @@ class SimulatedGenerator:
     """Draws pictures that depend on the item, the alpha of the run, and nothing else."""
 
     def __init__(self, options):
-        self.seconds, self.alpha, self.num_blocks = float(os.environ.get("SECONDS_PER_BLOCK", "0")), options.alpha, 0
+        self.seconds, self.alpha = float(os.environ.get("SECONDS_PER_BLOCK", "0")), options.alpha
+        self.num_blocks, self.start = 0, time.time()
 
     def draw(self, items):
         time.sleep(self.seconds)
@@ -51,7 +52,8 @@ def main():
     augmentation = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(augmentation)
     augmentation.main()
-    print(f"drew {sum(generator.num_blocks for generator in generators)} blocks until {time.time()}", file=sys.stderr)
+    for generator in generators:
+        print(f"drew {generator.num_blocks} blocks from {generator.start} to {time.time()}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from conftest import CLASS_NAMES, DIGITS, LONGEST_WAIT, RANK, ROOT, as_command_line, command, load_module
+from conftest import CLASS_NAMES, DIGITS, LONGEST_WAIT, RANK, ROOT, as_command_line, command, load_module, write_photos
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -27,7 +27,8 @@ from test_bad_input import files_below, run_without_torch
 from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.checkpoint import load_pipeline
 from noisecutmix.errors import InputError, RunError
-from noisecutmix.photos import crop_square, find_photos, open_photo
+from noisecutmix.photos import find_photos
+from noisecutmix.pictures import crop_square, open_photo
 from noisecutmix.plan import Item
 from noisecutmix.samples import PictureLatents, plan_sample
 from noisecutmix.training import Settings, Trainer, create_accelerator
@@ -53,16 +54,6 @@ SETTINGS = {
     "dtype": "float32",
     "seed": 0,
 }
-
-
-def write_photos(folder, class_names=CLASS_NAMES, count=3):
-    rng = np.random.default_rng(0)
-    for name in class_names:
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            pixels = rng.integers(0, 255, (20 + number, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -132,144 +123,6 @@ def contents_of(folder):
 def create_trainer(tiny_model, photos, **changes):
     settings = Settings(model=str(tiny_model), **{**SETTINGS, **changes})
     return Trainer(settings, find_photos(photos), create_accelerator("cpu", settings.dtype))
-
-
-# ---------------------------------------------------------------------------------------------- the pictures
-
-
-def test_labels_are_those_of_image_folder(tmp_path):
-    """Labels follow the sorted names; pictures may lie at any depth; a note counts the other files."""
-    write_photos(tmp_path, ["c", "B", "a 10", "a 2"], count=1)
-    (tmp_path / "c" / "deep" / "deeper").mkdir(parents=True)
-    shutil.copy(tmp_path / "c" / "0.png", tmp_path / "c" / "deep" / "deeper" / "z.PNG")
-    (tmp_path / "c" / "notes.txt").write_text("no picture")
-    (tmp_path / "c" / ".hidden.png").write_text("no picture")
-    (tmp_path / "a 2" / "1.heic").write_text("no picture that is read")
-    (tmp_path / "list.csv").write_text("beside the classes")
-    found = find_photos(tmp_path)
-    assert found.class_names == ("B", "a 10", "a 2", "c")
-    assert [file.relative_to(tmp_path).as_posix() for file in found.files] == [
-        "B/0.png",
-        "a 10/0.png",
-        "a 2/0.png",
-        "c/0.png",
-        "c/deep/deeper/z.PNG",
-    ]
-    assert found.labels == (0, 1, 2, 3, 3)
-    (note,) = found.notes
-    assert note.startswith("2 files") and "1 .heic" in note and "1 .txt" in note
-
-
-def test_examples_per_class_are_drawn_by_the_seed(tmp_path):
-    write_photos(tmp_path, ["a", "b"], count=9)
-    chosen = {seed: find_photos(tmp_path, 4, seed) for seed in range(3)}
-    for found in chosen.values():
-        assert found.labels == (0,) * 4 + (1,) * 4
-        assert found.notes == ()
-    assert chosen[0].files == find_photos(tmp_path, 4, 0).files
-    assert len({found.files for found in chosen.values()}) == 3
-    more = find_photos(tmp_path, 5, 0)
-    assert set(chosen[0].files) < set(more.files)
-    assert "2 classes have fewer than 10 pictures" in find_photos(tmp_path, 10, 0).notes[0]
-
-
-def two_halves(mode="L", left=200, right=50):
-    image = Image.new(mode, (8, 4), left)
-    image.paste(right, (4, 0, 8, 4))
-    return image
-
-
-def with_alpha():
-    """Return a picture that is red on the left and fully transparent on the right."""
-    image = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
-    image.paste((0, 0, 0, 0), (4, 0, 8, 4))
-    return image
-
-
-GREY, RED_ON_WHITE = ((200,) * 3, (50,) * 3), ((255, 0, 0), (255,) * 3)
-SIXTEEN_BITS = np.asarray(two_halves()).astype(np.uint16) * 257
-# file name: (picture, options of saving, expected left and right colour as RGB)
-FORMATS = {
-    "grey.png": (two_halves(), {}, GREY),
-    "grey.jpg": (two_halves().resize((64, 32)), {"quality": 100}, GREY),
-    "grey.webp": (two_halves().convert("RGB"), {"lossless": True}, GREY),
-    "colour.bmp": (two_halves().convert("RGB"), {}, GREY),
-    "one_bit.png": (two_halves(left=255, right=0).convert("1"), {}, ((255,) * 3, (0,) * 3)),
-    "one_bit.tif": (two_halves(left=255, right=0).convert("1"), {}, ((255,) * 3, (0,) * 3)),
-    "sixteen.png": (Image.fromarray(SIXTEEN_BITS), {}, GREY),
-    "sixteen.tiff": (Image.fromarray(SIXTEEN_BITS), {}, GREY),
-    "sixteen_white_zero.tif": (Image.fromarray(65535 - SIXTEEN_BITS), {"tiffinfo": {262: 0}}, GREY),
-    "palette.png": (two_halves().convert("RGB").quantize(4), {}, GREY),
-    "palette.bmp": (two_halves().convert("RGB").quantize(4), {}, GREY),
-    "palette_alpha.png": (with_alpha().quantize(4), {}, RED_ON_WHITE),
-    "alpha.png": (with_alpha(), {}, RED_ON_WHITE),
-    "alpha.webp": (with_alpha(), {"lossless": True}, RED_ON_WHITE),
-    "alpha.tif": (with_alpha(), {}, RED_ON_WHITE),
-    "grey_alpha.png": (with_alpha().convert("LA"), {}, ((76,) * 3, (255,) * 3)),
-    "grey_key.png": (two_halves(), {"transparency": 50}, ((200,) * 3, (255,) * 3)),
-    "colour_key.png": (two_halves().convert("RGB"), {"transparency": (50,) * 3}, ((200,) * 3, (255,) * 3)),
-    "cmyk.jpg": (two_halves().convert("RGB").convert("CMYK").resize((64, 32)), {"quality": 100}, GREY),
-    "cmyk.tif": (two_halves().convert("RGB").convert("CMYK"), {}, GREY),
-    "luma.tif": (two_halves().convert("RGB").convert("YCbCr"), {"compression": "tiff_lzw"}, GREY),
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_and_mode_is_made_rgb(tmp_path, name):
-    image, how, (left, right) = FORMATS[name]
-    image.save(tmp_path / name, **how)
-    opened = open_photo(tmp_path / name)
-    assert opened.mode == "RGB" and opened.size == image.size
-    for x, expected in ((0, left), (opened.width - 1, right)):
-        assert np.abs(np.subtract(opened.getpixel((x, 0)), expected)).max() <= 2
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright(tmp_path, suffix, orientation):
-    """Four grey levels, one per corner, distinguish all eight EXIF orientations."""
-    upright = Image.new("L", (32, 16))
-    for place, grey in (((0, 0), 20), ((16, 0), 90), ((0, 8), 160), ((16, 8), 230)):
-        upright.paste(grey, (*place, place[0] + 16, place[1] + 8))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = undo(upright.convert("RGB"), orientation)
-    stored.save(tmp_path / f"picture.{suffix}", exif=exif, **({"quality": 100} if suffix in ("jpg", "webp") else {}))
-    opened = open_photo(tmp_path / f"picture.{suffix}")
-    assert opened.size == upright.size
-    assert np.abs(np.asarray(opened.convert("L")).astype(int) - np.asarray(upright)).mean() < 3
-
-
-def undo(image, orientation):
-    """Return the picture as a camera stores it; the orientation then turns it upright."""
-    turns = Image.Transpose
-    steps = {
-        2: turns.FLIP_LEFT_RIGHT,
-        3: turns.ROTATE_180,
-        4: turns.FLIP_TOP_BOTTOM,
-        5: turns.TRANSPOSE,
-        6: turns.ROTATE_90,
-        7: turns.TRANSVERSE,
-        8: turns.ROTATE_270,
-    }
-    return image.transpose(steps[orientation]) if orientation in steps else image
-
-
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_values_without_a_defined_white_are_refused(tmp_path, mode):
-    two_halves(mode).save(tmp_path / "deep.tif")
-    with pytest.raises(InputError, match=r"deep\.tif cannot be read: .* save it with 8 or 16 bits"):
-        open_photo(tmp_path / "deep.tif")
-
-
-def test_the_shorter_side_is_scaled_and_the_longer_one_cropped():
-    image = Image.new("RGB", (60, 20), "blue")
-    image.paste("red", (20, 0, 40, 20))
-    for turned in (image, image.rotate(90, expand=True)):
-        for position, colour in ((0.0, (0, 0, 255)), (0.5, (255, 0, 0)), (1.0, (0, 0, 255))):
-            cut = crop_square(turned, 10, position)
-            assert cut.size == (10, 10)
-            assert cut.getpixel((5, 5)) == colour  # away from the border, where scaling mixes the colours
 
 
 # ---------------------------------------------------------------------------------------------- bad input
