@@ -486,13 +486,13 @@ def test_mirror_images_are_encoded(tiny_model, photos, tmp_path):
 @pytest.mark.parametrize("random_crop", [False, True])
 def test_few_pictures_are_encoded_at_once(tiny_model, photos, tmp_path, random_crop):
     """No more than four of 512x512, whatever the batch, so that encoding needs less memory than training."""
-    trainer = create_trainer(tiny_model, photos, resolution=256, train_batch_size=32, random_crop=random_crop)
+    trainer = create_trainer(tiny_model, photos, resolution=256, random_crop=random_crop)
     encoder, counts = trainer.latents._vae.encoder, []
     encoder.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
     trainer.latents.encode(tmp_path / "latents.bin", "")
     if random_crop:
-        trainer.latents.of([(number % 9, False, 0.5) for number in range(32)])
-    assert max(counts) == 16 and sum(counts) == (32 if random_crop else 18)
+        trainer.latents.of([(number % 9, False, 0.5) for number in range(20)])
+    assert max(counts) == 16 and sum(counts) == (20 if random_crop else 18)
 
 
 def test_random_crops_are_read_while_the_batch_before_is_trained(tiny_model, photos, monkeypatch):
@@ -616,6 +616,20 @@ def test_the_checkpoint_works_while_the_training_lasts(tmp_path, flags, monkeypa
         main()
     state = torch.load(tmp_path / "out" / "state_00000004.pt", weights_only=True)
     assert torch.equal(torch.stack(list(weights_of(tmp_path / "out").values())[-3:]), state["rows"])
+
+
+def test_a_stop_between_the_last_step_and_the_preview_leaves_no_latents(tmp_path, flags, trained, monkeypatch):
+    monkeypatch.setattr("noisecutmix.preview.draw_comparison", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path, *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.undo()
+    finetune(tmp_path, *flags)
+    assert_same_training(tmp_path / "out", trained)
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 def test_previews_show_how_it_learns(tmp_path, flags, trained, monkeypatch):
@@ -933,8 +947,11 @@ ON_POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no 
 
 @pytest.mark.slow
 @ON_POSIX
-@pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["alone", "two processes"])
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("launcher", "sent", "status"),
+    [((), signal.SIGTERM, 143), ((), signal.SIGINT, 130), (TWO_PROCESSES, signal.SIGTERM, None)],
+    ids=["SIGTERM", "Ctrl-C", "two processes"],
+)
 def test_nothing_is_lost_on_a_signal(tmp_path, flags, trained, start, launcher, sent, status):
     """The step is finished and a state written. In a launch, it may arrive in one of the processes alone."""
     flags = [*flags, f"--train_batch_size={2 if launcher else 4}"]
