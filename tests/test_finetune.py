@@ -170,7 +170,6 @@ BAD_PICTURES = {
         lambda folder: shutil.copytree(folder / CLASS_NAMES[0], folder / "red_kite"),
         "red kite and .*red_kite count as the same class name",
     ),
-    "hidden folder": (lambda folder: (folder / ".cache").mkdir(), r"\.cache' is not a valid class name"),
     "blank name": (lambda folder: rename(folder, CLASS_NAMES[0], "__"), "__' is not a valid class name"),
     "no folder": (shutil.rmtree, "birds is not there"),
 }
@@ -181,7 +180,7 @@ def test_bad_pictures_are_refused_in_one_line(tmp_path, photos, tiny_model, case
     damage, message = BAD_PICTURES[case]
     damage(shutil.copytree(photos, tmp_path / "birds"))
     done = start_without_torch(tmp_path, "--data_dir=birds", f"--model={tiny_model}")
-    assert_refused(done, "--data_dir: .*" + message)
+    assert_refused(done, message)
 
 
 BAD_FLAGS = {
