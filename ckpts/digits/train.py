@@ -266,6 +266,9 @@ def main():
     parser.add_argument("--subset", type=int, default=0, metavar="K", help="number of the subset of these digits")
     parser.add_argument("--write_pictures", type=Path, metavar="DIR", help="write mirrored digits there and exit")
     args = parser.parse_args()
+    folder = args.write_pictures
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        parser.exit(2, f"train.py: error: --write_pictures: {folder} is not an empty folder; choose another\n")
 
     images, labels, _, _ = load_split()
     if args.digits_a_class:
