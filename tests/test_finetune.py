@@ -617,14 +617,27 @@ def test_the_checkpoint_works_while_the_training_lasts(tmp_path, flags, monkeypa
     assert torch.equal(torch.stack(list(weights_of(tmp_path / "out").values())[-3:]), state["rows"])
 
 
-def test_a_stop_between_the_last_step_and_the_preview_leaves_no_latents(tmp_path, flags, trained, monkeypatch):
-    monkeypatch.setattr("noisecutmix.preview.draw_comparison", stop)
+def test_a_stop_at_the_last_step_leaves_no_latents(tmp_path, flags, trained, monkeypatch):
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, number, _: (step(self, number)[0], number == STEPS - 1))
     with pytest.raises(KeyboardInterrupt):
         finetune(tmp_path, *flags)
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.undo()
     finetune(tmp_path, *flags)
     assert_same_training(tmp_path / "out", trained)
+    assert not (tmp_path / "out" / "latents.bin").exists()
+
+
+def test_a_stop_before_the_preview_leaves_no_earlier_one(tmp_path, flags, trained, monkeypatch):
+    finetune(tmp_path, *flags, "--max_train_steps=6")
+    draw = NoiseCutMixGenerator.draw
+    monkeypatch.setattr(NoiseCutMixGenerator, "draw", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path, *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(NoiseCutMixGenerator, "draw", draw)
+    finetune(tmp_path, *flags)
+    assert (tmp_path / "out" / "preview.png").read_bytes() == (trained / "preview.png").read_bytes()
 
 
 def stop(*_):
@@ -784,9 +797,9 @@ def test_a_damaged_state_is_replaced_by_the_previous_one(tmp_path, flags, traine
     assert difference(tmp_path / "out", trained) < 1e-6
 
 
-@pytest.mark.parametrize(("call", "states"), [(1, [4]), (2, [4]), (3, [4, 8])])
+@pytest.mark.parametrize(("call", "states"), [(1, [4]), (2, [4]), (3, [4, 8]), (5, [8, 12])])
 def test_a_failed_write_leaves_whole_files_and_is_made_good(tmp_path, flags, trained, monkeypatch, call, states):
-    """It fails at the first checkpoint, the second state, the second checkpoint."""
+    """It fails at the first checkpoint, the second state, the second checkpoint, the last one."""
     save, calls = torch.save, []
 
     def fail_once(content, file, *more):
