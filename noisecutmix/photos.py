@@ -4,6 +4,7 @@ The module imports neither torch nor numpy, so that a bad folder is refused at o
 """
 
 import collections
+import dataclasses
 import hashlib
 import os
 import re
@@ -91,6 +92,43 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
     if num_small:
         notes.append(f"{num_small} classes have fewer than {examples_per_class} pictures; all of them are used")
     return Photos(root, tuple(folder.name for folder in folders), tuple(files), tuple(labels), tuple(notes))
+
+
+def split_photos(
+    photos: Photos, test_share: float, examples_per_class: int | None = None, seed: int = 0
+) -> tuple[Photos, Photos]:
+    """Split pictures at random, class by class, into those for training and those for the test.
+
+    The training pictures are those that `find_photos` chooses with the same `examples_per_class` and `seed`, as long as
+    they and the test's are no more than the class has.
+
+    Args:
+        photos: the pictures.
+        test_share: the test's share of each class, 0 to 1; at least one picture is for the test and one for training.
+        examples_per_class: the number of training pictures of each class; None takes all that are not for the test.
+        seed: determines the split.
+
+    Raises:
+        InputError: a class has only one picture.
+    """
+    by_class: list[list[int]] = [[] for _ in photos.class_names]
+    for position, label in enumerate(photos.labels):
+        by_class[label].append(position)
+    chosen: tuple[list[int], list[int]] = ([], [])  # positions of the training and of the test pictures
+    for name, of_class in zip(photos.class_names, by_class):
+        of_class.sort(key=lambda position: _random_key(seed, photos.root, photos.files[position]))
+        if len(of_class) < 2:
+            raise InputError(f"the class {name!r} has only one picture, but training and test need one each")
+        num_train = len(of_class) - min(max(round(test_share * len(of_class)), 1), len(of_class) - 1)
+        chosen[0].extend(of_class[:num_train][:examples_per_class])
+        chosen[1].extend(of_class[num_train:])
+    train, test = (
+        dataclasses.replace(
+            photos, files=tuple(photos.files[p] for p in part), labels=tuple(photos.labels[p] for p in part)
+        )
+        for part in map(sorted, chosen)
+    )
+    return train, test
 
 
 def check_photos(photos: Photos, resolution: int | None = None) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from .plan import Item
 MOST_PICTURES = 16
 COLUMNS = 4
 SIDE = 256
-CAPTION_HEIGHT = 54
+CAPTION_HEIGHT, LINE_HEIGHT = 54, 24
 MARGIN = 12
 TARGET_COLOR = (214, 39, 40)
 AUG_COLOR = (31, 119, 180)
@@ -21,26 +21,38 @@ BUILT_IN = ""
 FONTS = (BUILT_IN, "DejaVuSans.ttf", "arial.ttf")  # the built-in one has ASCII letters only
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+Caption = tuple[str, int, tuple[int, int, int]]  # text, label of the class, colour
 
 
 def draw_preview(images: Sequence[Image.Image], items: Sequence[Item], class_names: Sequence[str]) -> Image.Image:
     """Return a grid of the pictures, each with its box outlined and both classes with their label shares below it."""
+    captions = [
+        [
+            (f"{share:.2f}", label, color)
+            for label, share, color in ((item.target, item.ratio, TARGET_COLOR), (item.aug, 1 - item.ratio, AUG_COLOR))
+            if share
+        ]
+        for item in items
+    ]
+    return draw_grid([_outline(image, item) for image, item in zip(images, items)], captions, class_names)
+
+
+def draw_grid(
+    images: Sequence[Image.Image], captions: Sequence[Sequence[Caption]], class_names: Sequence[str]
+) -> Image.Image:
+    """Return a grid of the pictures, each with lines below it: a text, the name of a class, and a colour."""
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
-    cell_width, cell_height = SIDE + MARGIN, SIDE + CAPTION_HEIGHT + MARGIN
+    caption_height = CAPTION_HEIGHT + LINE_HEIGHT * (max(2, *map(len, captions)) - 2)
+    cell_width, cell_height = SIDE + MARGIN, SIDE + caption_height + MARGIN
     grid = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
-    for number, (image, item) in enumerate(zip(images, items)):
+    for number, (image, lines) in enumerate(zip(images, captions)):
         left = MARGIN + number % columns * cell_width
         top = MARGIN + number // columns * cell_height
         grid.paste(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, top))
-        _outline(grid, item, image.size, left, top)
-        for label, share, line, color in (
-            (item.target, item.ratio, 4, TARGET_COLOR),
-            (item.aug, 1 - item.ratio, 28, AUG_COLOR),
-        ):
-            if share:
-                text, font = _fit_caption(f"{share:.2f}", class_names[label], label)
-                ImageDraw.Draw(grid).text((left, top + SIDE + line), text, fill=color, font=font)
+        for line, (start, label, color) in enumerate(lines):
+            text, font = _fit_caption(start, class_names[label], label)
+            ImageDraw.Draw(grid).text((left, top + SIDE + 4 + LINE_HEIGHT * line), text, fill=color, font=font)
     return grid
 
 
@@ -65,13 +77,14 @@ def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.
     return grid
 
 
-def _outline(grid: Image.Image, item: Item, size: tuple[int, int], left: int, top: int) -> None:
-    """Draw the outline of an item's box onto its picture, which is scaled from `size` and lies at (left, top)."""
-    box_left, box_top, box_right, box_bottom = item.box
-    if box_left < box_right and box_top < box_bottom:
-        x0, y0, x1, y1 = (round(edge * SIDE / side) for edge, side in zip(item.box, size + size))
-        outline = (left + x0, top + y0, left + max(x1 - 1, x0), top + max(y1 - 1, y0))
-        ImageDraw.Draw(grid).rectangle(outline, outline=TARGET_COLOR, width=3)
+def _outline(image: Image.Image, item: Item) -> Image.Image:
+    """Return a picture of the grid's size, with the outline of an item's box."""
+    scaled = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    left, top, right, bottom = item.box
+    if left < right and top < bottom:
+        x0, y0, x1, y1 = (round(edge * SIDE / side) for edge, side in zip(item.box, image.size * 2))
+        ImageDraw.Draw(scaled).rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=TARGET_COLOR, width=3)
+    return scaled
 
 
 def _fit_caption(start: str, class_name: str, label: int) -> tuple[str, Font]:

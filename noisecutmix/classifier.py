@@ -1,0 +1,283 @@
+"""Training a timm model on real and augmented pictures, the same on any machine for the same settings and seed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from timm.data import create_transform, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch.utils.data import DataLoader
+
+from .datasets import AugmentedDataset, MixedDataset
+from .errors import InputError, RunError, first_line
+from .photos import Photos
+from .pictures import open_photo
+from .plan import area_ratio, sample_box
+
+LABEL_SMOOTHING = 0.1
+MOMENTUM = 0.9
+WARM_UP = 0.05  # share of the steps
+ALPHA = 1.0  # of MixUp's and CutMix's Beta distribution
+
+
+class RealPictures:
+    """Photos as (picture, class); item i is picture i % n, so that every item of a training has an index of its own."""
+
+    def __init__(self, photos: Photos, transform: Callable[[Any], torch.Tensor], epochs: int = 1):
+        self._photos, self._transform, self._epochs = photos, transform, epochs
+
+    def __len__(self) -> int:
+        return self._epochs * len(self._photos.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        index %= len(self._photos.files)
+        return self._transform(open_photo(self._photos.files[index])), self._photos.labels[index]
+
+
+class AugmentedPictures:
+    """The items `indices` of an augmented data set as (picture, soft label in the order of the real classes)."""
+
+    def __init__(
+        self,
+        pictures: AugmentedDataset,
+        label_order: list[int],
+        indices: Sequence[int],
+        transform: Callable[[Any], Any],
+    ):
+        self._pictures, self._label_order, self._indices, self._transform = pictures, label_order, indices, transform
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        picture, label = self._pictures[self._indices[index]]
+        return self._transform(picture), label[self._label_order]
+
+
+class SeededItems:
+    """Items whose random crops and flips depend on the seed and the index only, whichever process reads them."""
+
+    def __init__(self, items: MixedDataset, seed: int):
+        self._items, self._seed = items, seed
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Any:
+        seed_global_state(derive_seed(self._seed, index))
+        return self._items[index]
+
+
+class Classifier:
+    """A timm model for `num_classes` classes; `options` are the flags of ckpts/classify.py, `seed` that of all else.
+
+    Raises:
+        InputError: timm has no such model, or its pretrained weights cannot be had.
+    """
+
+    def __init__(self, options: argparse.Namespace, num_classes: int, seed: int = 0):
+        check_model(options.model)
+        logging.getLogger("timm").setLevel(logging.ERROR)
+        self.options, self.num_classes, self.seed = options, num_classes, seed
+        self.arguments: dict[str, Any] = {"model_name": options.model, "num_classes": num_classes}
+        try:
+            config = timm.get_pretrained_cfg(options.model)
+            if options.image_size and config and config.fixed_input_size:
+                self.arguments["img_size"] = options.image_size
+            with keeping_global_state():
+                seed_global_state(seed)
+                model = timm.create_model(**self.arguments, pretrained=options.pretrained)
+        except Exception as error:  # of timm, the hub and the network
+            remedy = "; give --no_pretrained, or copy its weights into the hub's cache" if options.pretrained else ""
+            raise InputError(f"`model`: {options.model} cannot be created: {first_line(error)}{remedy}") from error
+        self.model = model.to(options.device)
+        size = {"input_size": (3, options.image_size, options.image_size)} if options.image_size else {}
+        self.data_config: dict[str, Any] = resolve_data_config(size, model=model)
+
+    def steps(self, num_pictures: int) -> int:
+        """Return the number of training steps with so many real pictures."""
+        return max(int(self.options.epochs) * num_pictures // int(self.options.batch_size), 1)
+
+    def train(
+        self,
+        photos: Photos,
+        augmented: Callable[[Any], AugmentedPictures] | None,
+        mix: str,
+        after_step: Callable[[float], None],
+    ) -> None:
+        """Train. Order, crops and flips are the same for every `augmented` and `mix`.
+
+        Args:
+            photos: the real pictures.
+            augmented: a function from a transform to the augmented pictures; None for real pictures only.
+            mix: "mixup", "cutmix", or "" for neither.
+            after_step: called with the loss.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
+        options, device, num_pictures = self.options, self.options.device, len(photos.files)
+        transform = create_transform(
+            **self.data_config,
+            is_training=True,
+            scale=(options.crop_scale, 1.0),
+            hflip=0.5 if options.random_flip else 0.0,
+        )
+        real = RealPictures(photos, transform, options.epochs)
+        mixed = MixedDataset(
+            real,  # type: ignore[arg-type]  # torch's data sets need no common base
+            augmented(transform) if augmented else real,  # type: ignore[arg-type]
+            options.probability if augmented else 0.0,
+            self.num_classes,
+            derive_seed(self.seed, 0),
+        )
+        loader = self._loader(
+            SeededItems(mixed, derive_seed(self.seed, 1)),
+            batch_sampler=draw_batches(num_pictures, options.epochs, options.batch_size, derive_seed(self.seed, 2)),
+        )
+        steps, mix_rng = self.steps(num_pictures), np.random.default_rng([self.seed, 3])
+        optimizer = create_optimizer_v2(
+            self.model, opt="sgd", lr=options.learning_rate, weight_decay=options.weight_decay, momentum=MOMENTUM
+        )
+        schedule = CosineLRScheduler(
+            optimizer, steps + 1, warmup_t=math.ceil(WARM_UP * steps), warmup_lr_init=0.0, t_in_epochs=False
+        )
+        scaler = torch.amp.GradScaler(enabled=options.dtype == "float16")
+        self.model.train()
+        with keeping_global_state(device):
+            for step, (pictures, labels) in enumerate(loader):
+                seed_global_state(derive_seed(self.seed, 4, step))  # of dropout
+                pictures, labels = pictures.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                labels = (1 - LABEL_SMOOTHING) * labels + LABEL_SMOOTHING / self.num_classes
+                if mix:
+                    pictures, labels = mix_batch(mix, pictures, labels, mix_rng)
+                schedule.step_update(step + 1)
+                with self._autocast():
+                    loss = F.cross_entropy(self.model(pictures), labels)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                scaler.step(optimizer)
+                scaler.update()
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise RunError(
+                        f"the loss of step {step + 1} is not finite; use a lower `learning_rate` or `dtype=bfloat16` "
+                        "in another folder"
+                    )
+                after_step(value)
+
+    @torch.no_grad()
+    def predict(self, items: Callable[[Any], Any]) -> np.ndarray:
+        """Return the probabilities (pictures, classes), float32, of the data set that `items` makes of a transform."""
+        self.model.eval()
+        transform = create_transform(**self.data_config, is_training=False)
+        probabilities = []
+        for pictures, _ in self._loader(items(transform), batch_size=self.options.batch_size):
+            with self._autocast():
+                logits = self.model(pictures.to(self.options.device))
+            probabilities.append(logits.float().softmax(1).cpu().numpy())
+        return np.concatenate(probabilities)
+
+    def to_safetensors(self, class_names: Sequence[str]) -> bytes:
+        """Return a safetensors file: the weights; as metadata, JSON texts for timm's create_model and transform."""
+        metadata = {"model": self.arguments, "transform": self.data_config, "class_names": list(class_names)}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        return save(tensors, {name: json.dumps(value, ensure_ascii=False) for name, value in metadata.items()})
+
+    def _loader(self, items: Any, **batches: Any) -> DataLoader[Any]:
+        is_cuda = self.options.device.startswith("cuda")
+        workers = self.options.num_workers
+        return DataLoader(items, **batches, num_workers=workers, pin_memory=is_cuda, generator=torch.Generator())
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.options.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.options.device).type, getattr(torch, self.options.dtype))
+
+
+def explain_loading(weights: Path, picture: Path) -> str:
+    """Return the lines of Python that name the class of a picture by the weights of a classifier."""
+    return f"""\
+import json; import timm; from PIL import Image; from safetensors.torch import safe_open, load_file
+about = {{key: json.loads(text) for key, text in safe_open({str(weights)!r}, "pt").metadata().items()}}
+model = timm.create_model(**about["model"]).eval(); model.load_state_dict(load_file({str(weights)!r}))
+picture = timm.data.create_transform(**about["transform"])(Image.open({str(picture)!r}).convert("RGB"))
+print(about["class_names"][int(model(picture[None]).argmax())])"""
+
+
+def check_model(name: str) -> None:
+    """Raise an InputError if timm knows no model of this name."""
+    if ":" not in name and not timm.is_model(name):  # a colon is in names of the hub
+        close = timm.list_models(f"*{name}*")[:3] or difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all of them"
+        raise InputError(f"`model`: timm has no {name!r}; {hint}")
+
+
+def draw_batches(num_pictures: int, epochs: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Yield batches of indices: epoch e has the indices from e * n in random order. An incomplete end is left out."""
+    rng, waiting = np.random.default_rng(seed), []  # type: np.random.Generator, list[int]
+    for epoch in range(epochs):
+        waiting += (epoch * num_pictures + rng.permutation(num_pictures)).tolist()
+        while len(waiting) >= batch_size:
+            yield waiting[:batch_size]
+            del waiting[:batch_size]
+    if epochs * num_pictures < batch_size:
+        yield waiting
+
+
+def mix_batch(
+    mix: str, pictures: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix every picture (B, 3, h, w) and soft label (B, num_classes) of a batch with another one's.
+
+    MixUp blends them (Zhang et al., ICLR 2018), CutMix pastes a box (Yun et al., ICCV 2019). timm's own takes no soft
+    labels and draws from numpy's global state.
+    """
+    order = torch.from_numpy(rng.permutation(len(pictures))).to(pictures.device)
+    if mix == "mixup":
+        share = 1 - rng.beta(ALPHA, ALPHA)
+        pictures = torch.lerp(pictures, pictures[order], share)
+    else:
+        height, width = pictures.shape[-2:]
+        left, top, right, bottom = box = sample_box(height, width, ALPHA, rng)
+        share = area_ratio(box, height, width)
+        pictures = pictures.clone()
+        pictures[:, :, top:bottom, left:right] = pictures[order, :, top:bottom, left:right]
+    return pictures, torch.lerp(labels, labels[order], share)
+
+
+def derive_seed(*numbers: int) -> int:
+    """Return a seed of 63 bits that is a function of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def seed_global_state(seed: int) -> None:
+    """Seed Python's and torch's global generators, from which timm's layers and transforms draw."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def keeping_global_state(device: str = "cpu") -> Iterator[None]:
+    """Restore the state of Python's and torch's global generators at the end."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng([torch.device(device)] if device.startswith("cuda") else []):
+            yield
+    finally:
+        random.setstate(state)

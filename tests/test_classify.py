@@ -1,0 +1,389 @@
+"""ckpts/classify.py compares classifiers honestly, whatever stops it and however many processes share the work.
+
+The pictures are coloured noise, so that a tiny model of timm learns the classes within seconds.
+"""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import LONGEST_WAIT, as_command_line, command, write_photos
+from PIL import Image
+
+from noisecutmix.comparison import Score, summarize
+from noisecutmix.errors import InputError, RunError
+from noisecutmix.folder import OutputFolder
+from noisecutmix.photos import find_photos, split_photos
+from noisecutmix.plan import Plan
+
+COLOURS = {"red kite": (160, 90, 90), "blue jay": (90, 90, 160), "grey heron": (125, 125, 125)}
+NAMES = list(COLOURS)
+SIDE = 32
+QUICK = [
+    *("--model=test_byobnet", "--no_pretrained", "--image_size=32", "--epochs=8", "--batch_size=8", "--num_workers=0"),
+    *("--learning_rate=0.05", "--device=cpu", "--train_dir=train", "--test_dir=test", "--output_dir=out"),
+]
+
+
+def draw_colour(name, rng):
+    noise = rng.normal(0, 40, (SIDE, SIDE, 3))
+    return np.uint8(np.clip(noise + COLOURS[name], 0, 255))
+
+
+def write_colours(folder, count, seed):
+    rng = np.random.default_rng(seed)
+    for name in NAMES:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(draw_colour(name, rng)).save(folder / name / f"{number}.png")
+
+
+def write_augmented(root, count=20, names=NAMES, wrong=(), complete=True):
+    """Write a data set as augmentation.py does: two classes' colours under a mask; items in `wrong` have other ones."""
+    plan, rng = Plan(0, len(names), 1.0, SIDE), np.random.default_rng(5)
+    folder = OutputFolder(root, plan, count, names, {"class_names": names})
+    folder.begin({"command": ["python", "augmentation.py"], "ckpt_path": "nowhere"})
+    for item in plan.items(count):
+        target, aug = names[item.target], names[item.aug]
+        if item.index in wrong:
+            target = aug = next(name for name in names if name not in (target, aug))
+        mask = np.array(item.mask())[:, :, None] > 0
+        folder.write(item, Image.fromarray(np.where(mask, draw_colour(target, rng), draw_colour(aug, rng))))
+    if complete:
+        folder.finish()
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    write_colours(folder / "train", 8, seed=1)
+    write_colours(folder / "test", 10, seed=2)
+    write_augmented(folder / "aug")
+    return folder
+
+
+@pytest.fixture
+def folder(pictures, tmp_path):
+    """A working directory with train, test and aug."""
+    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def classify(folder, *arguments):
+    """Run the script in this process, and return its results."""
+    with as_command_line("ckpts/classify.py", *QUICK, *arguments, folder=folder) as main:
+        main()
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+def results_of(folder):
+    return {name: (folder / "out" / name).read_bytes() for name in ("results.json", "results.md", "accuracy.png")}
+
+
+def test_rows_are_compared_with_the_baseline_seed_by_seed(folder, capsys):
+    results = classify(folder, "--augmented=ours=aug", "--epochs=4")
+    rows = results["rows"]
+    assert list(rows) == ["none", "cutmix", "ours", "cutmix+ours"]
+    for row in rows.values():
+        differences = np.subtract(row["top1"], rows["cutmix"]["top1"])
+        assert len(differences) == 3
+        assert row["difference"] == pytest.approx(differences.mean())
+        assert row["standard_error"] == pytest.approx(differences.std(ddof=1) / 3**0.5)
+    assert rows["ours"]["real_pictures"] == 24 and rows["ours"]["real_pictures_of_generator"] is None
+    text = (folder / "out" / "results.md").read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    assert "unknown" in text and "Nothing was chosen on the test pictures" in text
+    assert Image.open(folder / "out" / "accuracy.png").size[0] > 500
+
+
+@pytest.mark.parametrize(
+    ("mine", "verdict"),
+    [
+        ((80, 82, 84), "better"),
+        ((60, 62, 64), "worse"),
+        ((69, 75, 73), "no difference can be told"),
+        ((90, 92), "no error can be told with fewer than 3 seeds"),
+    ],
+)
+def test_a_difference_is_told_from_two_standard_errors_and_three_seeds(mine, verdict):
+    scores = {"cutmix": [70, 71, 75][: len(mine)], "mine": mine}
+    summary = summarize({row: [Score(v, v) for v in values] for row, values in scores.items()}, "cutmix")
+    assert summary["mine"]["verdict"] == verdict
+
+
+def test_rows_of_a_seed_differ_in_the_augmented_pictures_alone(folder):
+    """Without any augmented picture, weights, order, crops and flips are the same, and so is the result."""
+    rows = classify(folder, "--augmented=ours=aug", "--probability=0", "--seeds=1", "--epochs=3")["rows"]
+    assert rows["ours"]["top1"] == rows["none"]["top1"] and rows["cutmix+ours"]["top1"] == rows["cutmix"]["top1"]
+    losses = [json.loads((folder / "out" / "results" / f"{row}_seed0.json").read_text()) for row in ("ours", "none")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_continues_to_the_same_results(folder, start):
+    arguments = command("ckpts/classify.py", *QUICK, "--augmented=ours=aug", "--seeds=2")
+    whole = start([*arguments, "--output_dir=whole"])
+    assert whole.wait(LONGEST_WAIT) == 0, whole.communicate()
+    for number, more in ((1, []), (3, ["--num_workers=1"]), (8, [])):
+        killed = start([*arguments, *more])
+        wait_for_results(folder, number, killed)
+        killed.kill() if number < 8 else killed.wait(LONGEST_WAIT)
+        killed.communicate()
+    expected = {name: (folder / "whole" / name).read_bytes() for name in results_of(folder)}
+    assert results_of(folder) == expected
+
+
+def wait_for_results(folder, number, process):
+    end = time.monotonic() + LONGEST_WAIT
+    while len(list((folder / "out").glob("results/[!.]*"))) < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(folder, start):
+    arguments = command("ckpts/classify.py", *QUICK, "--augmented=ours=aug", "--epochs=16")
+    two = [start(arguments) for _ in range(2)]
+    outputs = [process.communicate(timeout=LONGEST_WAIT) for process in two]
+    assert [process.returncode for process in two] == [0, 0], outputs
+    trained = [len(re.findall("of the test pictures named right", errors)) for _, errors in outputs]
+    assert sum(trained) <= 12 + 1 and min(trained) >= 4, trained
+    shared = results_of(folder)
+    alone = start([*arguments, "--output_dir=alone"])
+    assert alone.wait(LONGEST_WAIT) == 0, alone.communicate()
+    assert shared == {name: (folder / "alone" / name).read_bytes() for name in shared}
+
+
+def test_more_seeds_continue_a_comparison(folder):
+    first = classify(folder, "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")["rows"]
+    files = {file: file.stat().st_mtime_ns for file in (folder / "out" / "results").iterdir()}
+    second = classify(folder, "--rows", "none", "cutmix", "--seeds=2", "--epochs=2")["rows"]
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    assert all(second[row]["top1"][:1] == first[row]["top1"] for row in first)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--epochs=3"], "epochs (2 there, 3 now)"),
+        (["--keep=0.5"], "keep (1.0 there, 0.5 now)"),
+        (["--augmented=ours=train2"], "augmented"),
+        (["--examples_per_class=4"], "examples_per_class"),
+    ],
+)
+def test_other_options_in_the_same_folder_are_refused_by_name(folder, change, named):
+    classify(folder, "--augmented=ours=aug", "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
+    before = results_of(folder)
+    write_augmented(folder / "train2", count=21)
+    with pytest.raises(InputError, match=re.escape(named)):
+        classify(folder, "--augmented=ours=aug", "--rows", "none", "cutmix", "--seeds=1", "--epochs=2", *change)
+    assert results_of(folder) == before
+
+
+def test_changed_pictures_are_refused_by_name(folder):
+    classify(folder, "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
+    shutil.copy(folder / "test" / NAMES[0] / "1.png", folder / "test" / NAMES[0] / "0.png")
+    with pytest.raises(InputError, match="another test_pictures"):
+        classify(folder, "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
+
+
+def test_pictures_in_training_and_test_are_counted(folder, capsys):
+    for number in range(2):
+        shutil.copy(folder / "test" / NAMES[0] / f"{number}.png", folder / "train" / NAMES[1] / f"leak{number}.png")
+    results = classify(folder, "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
+    assert "warning: 2 pictures are among those for training and for the test, too" in capsys.readouterr().err
+    assert results["leaked_pictures"] == 2
+    assert "Warning: 2 pictures" in (folder / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_classes_of_an_augmented_set_are_found_by_name(folder):
+    """The same pictures with the labels' columns in another order give the same results."""
+    shutil.copytree(folder / "aug", folder / "permuted")
+    run_file, labels_file = folder / "permuted" / "run.json", folder / "permuted" / "soft_label.npy"
+    content = json.loads(run_file.read_text())
+    order = [2, 0, 1]
+    content["options"]["class_names"] = [NAMES[place].replace(" ", "_") for place in order]
+    run_file.write_text(json.dumps(content))
+    np.save(labels_file, np.ascontiguousarray(np.load(labels_file)[:, order]))
+    rows = ("--rows", "none", "cutmix", "a", "b", "--probability=0.9", "--seeds=1")
+    classify(folder, "--augmented=a=aug", "--augmented=b=permuted", *rows)
+    one, other = (json.loads((folder / "out" / "results" / f"{name}_seed0.json").read_text()) for name in "ab")
+    assert one == other and one["top1"] > 60
+    np.testing.assert_array_equal(*(np.load(folder / "out" / f"scores_{name}.npy") for name in "ab"))
+
+
+def test_the_pictures_that_are_doubted_most_are_shown_and_left_out(folder):
+    wrong = (3, 11)
+    write_augmented(folder / "half_wrong", wrong=wrong)
+    rows = classify(folder, "--augmented=ours=half_wrong", "--keep=0.9", "--seeds=1")["rows"]
+    scores = np.load(folder / "out" / "scores_ours.npy")
+    assert scores.shape == (20,) and set(np.argsort(-scores)[:2]) == set(wrong)
+    assert rows["ours"]["augmented_pictures"] == 18
+    assert Image.open(folder / "out" / "doubtful_ours.png").width == 4 * (256 + 12) + 12
+
+
+def test_a_classifier_that_saw_too_little_judges_nothing(folder):
+    for part in ("train", "test"):
+        shutil.rmtree(folder / part)
+        write_photos(folder / part, NAMES)
+    classify(folder, "--augmented=ours=aug", "--rows", "none", "cutmix", "--seeds=1", "--epochs=1", "--learning_rate=0")
+    assert "too little to judge" in (folder / "out" / "results.md").read_text(encoding="utf-8")
+    assert not list((folder / "out").glob("doubtful*")) and not list((folder / "out").glob("scores*"))
+    with pytest.raises(RunError, match=r"too little to judge .*without --keep"):
+        classify(
+            folder,
+            "--augmented=ours=aug",
+            "--seeds=1",
+            "--epochs=1",
+            "--keep=0.9",
+            "--output_dir=other",
+            "--learning_rate=0",
+        )
+
+
+def test_wrong_labels_come_out_worse(folder):
+    labels_file = folder / "aug" / "soft_label.npy"
+    np.save(labels_file, np.ascontiguousarray(np.load(labels_file)[:, [1, 2, 0]]))
+    row = classify(folder, "--augmented=wrong=aug", "--rows", "cutmix", "wrong", "--probability=0.9")["rows"]["wrong"]
+    assert row["verdict"] == "worse" and row["difference"] < -2 * row["standard_error"]
+
+
+def test_the_lines_that_use_saved_weights_run(folder, capsys, monkeypatch):
+    arguments = ["--augmented=ours=aug", "--rows", "none", "cutmix", "ours", "--seeds=1"]
+    rows = classify(folder, *arguments, "--save_weights")["rows"]
+    lines = capsys.readouterr().out.split("classifier of a row:\n\n")[1].splitlines()
+    assert len(lines) == 5
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=folder, capture_output=True, text=True)
+    assert done.stdout.strip() in NAMES, done.stderr
+    # the loaded classifier names as many test pictures right as the comparison says
+    monkeypatch.chdir(folder)
+    loaded = {}
+    exec("\n".join(lines[:4]), loaded)
+    transform = loaded["timm"].data.create_transform(**loaded["about"]["transform"])
+    right = 0
+    for file in (folder / "test").rglob("*.png"):
+        logits = loaded["model"](transform(Image.open(file))[None])
+        right += loaded["about"]["class_names"][int(logits.argmax())] == file.parent.name
+    assert 100 * right / 30 == pytest.approx(rows["none"]["top1"][0])
+    assert (folder / "out" / "weights" / "ours.safetensors").is_file()
+
+
+def test_weights_are_saved_after_a_comparison_without_them(folder):
+    arguments = ["--rows", "none", "cutmix", "--seeds=1", "--epochs=2"]
+    before = classify(folder, *arguments)
+    assert classify(folder, *arguments, "--save_weights") == before
+    assert len(list((folder / "out" / "weights").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=resnet5"], "--model: timm has no 'resnet5'; did you mean resnet50"),
+        (["--augmented=ours=train"], "--augmented: train is not a data set of augmentation.py"),
+        (["--augmented=ours=unfinished"], "--augmented: .*unfinished: the data set is not complete, 20 of 20"),
+        (["--augmented=ours=others"], "--augmented: others has no class 'blue jay'"),
+        (["--augmented=cutmix=aug"], "--augmented: has to be NAME=DIR"),
+        (["--augmented=aug"], "--augmented: has to be NAME=DIR"),
+        (["--augmented=a=aug", "--augmented=A=aug"], "--augmented: two data sets have the same name"),
+        (["--rows", "none", "mine"], "--rows: 'mine' is no row; choose from none, mixup, cutmix"),
+        (["--rows", "none"], "--baseline: cutmix is not among --rows"),
+        (["--test_dir=train/red kite"], "--test_dir: .* lies in --train_dir"),
+        (["--train_dir=test/red kite", "--test_dir=test"], "--train_dir: .* lies in --test_dir"),
+        (["--test_dir=few"], "--test_dir: .*few has no class 'grey heron'"),
+        (["--test_dir=more"], "--test_dir: .*more has a class 'wren'"),
+        (["--test_dir=hollow"], "--test_dir: .*red kite holds no picture"),
+        (["--output_dir=train/out"], "--output_dir: .* lies in --train_dir"),
+        (["--keep=0"], "--keep: has to be a number from 0.01 to 1"),
+        (["--dtype=float16"], "--dtype: float16 needs cuda"),
+        (["--test_dir=broken"], "broken.*0.png cannot be read"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(folder, arguments, message):
+    write_augmented(folder / "unfinished", complete=False)
+    write_augmented(
+        folder / "others", names=["red kite", "wren", "grey heron"], complete=True
+    ) if "=others" in arguments[0] else None
+    write_colours(folder / "broken", 1, seed=3)
+    (folder / "broken" / "red kite" / "0.png").write_bytes(b"no picture")
+    for name, classes in (("few", NAMES[:2]), ("more", [*NAMES, "wren"]), ("hollow", NAMES)):
+        write_photos(folder / name, classes, count=1)
+    (folder / "hollow" / "red kite" / "0.png").unlink()
+    with pytest.raises(InputError, match=message):
+        classify(folder, *arguments)
+    assert not (folder / "out").exists() and not (folder / "train" / "out").exists()
+
+
+def test_weights_that_cannot_be_downloaded_are_one_line(folder, run_script):
+    flags = [flag for flag in QUICK if flag != "--no_pretrained"]
+    done = run_script("ckpts/classify.py", *flags, environment={"HF_HOME": str(folder / "empty")})
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"classify\.py: error: --model: test_byobnet cannot be created: .*give --no_pretrained.*\n", done.stderr
+    )
+    assert not (folder / "out").exists()
+
+
+def test_a_part_of_each_class_is_kept_for_the_test(tmp_path):
+    """The training pictures are those that finetune.py chooses with the same number and seed."""
+    write_photos(tmp_path, ["a", "b"], count=10)
+    photos = find_photos(tmp_path)
+    train, test = split_photos(photos, 0.3, seed=4)
+    assert sorted(train.files + test.files) == list(photos.files)
+    assert [test.labels.count(label) for label in (0, 1)] == [3, 3]
+    few, same_test = split_photos(photos, 0.3, examples_per_class=2, seed=4)
+    assert few.files == find_photos(tmp_path, 2, 4).files and same_test == test
+    assert split_photos(photos, 0.3, seed=5)[1] != test
+    assert all(photos.labels[photos.files.index(file)] == label for file, label in zip(train.files, train.labels))
+
+
+def test_a_split_off_test_says_that_the_generator_may_have_seen_it(folder):
+    arguments = [flag for flag in QUICK if "test_dir" not in flag]
+    with as_command_line(
+        "ckpts/classify.py", *arguments, "--augmented=ours=aug", "--seeds=1", "--epochs=2", folder=folder
+    ) as main:
+        main()
+    assert "fine-tuned on all of it has seen them" in (folder / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_the_number_of_pictures_that_the_generator_saw_is_read_from_its_checkpoint(folder, tiny_checkpoint):
+    from noisecutmix.record import fingerprint_checkpoint
+
+    shutil.copytree(tiny_checkpoint, folder / "tuned")
+    (folder / "tuned" / "finetune.json").write_text(json.dumps({"options": {"num_pictures": 12}}))
+    run_file = folder / "aug" / "run.json"
+    content = json.loads(run_file.read_text())
+    content["ckpt_path"] = str(folder / "tuned")
+    content["options"]["checkpoint"] = fingerprint_checkpoint(folder / "tuned")
+    run_file.write_text(json.dumps(content))
+    rows = classify(folder, "--augmented=ours=aug", "--seeds=1", "--epochs=1", "--rows", "none", "cutmix", "ours")[
+        "rows"
+    ]
+    assert rows["ours"]["real_pictures_of_generator"] == 12 and rows["none"]["real_pictures_of_generator"] == 0
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_mixed_labels_have_the_shares_of_the_pictures(mix):
+    from noisecutmix.classifier import mix_batch
+
+    classes = torch.arange(6)
+    pictures = torch.nn.functional.one_hot(classes, 6).float()[:, :, None, None].expand(6, 6, 16, 16)
+    for seed in range(20):
+        mixed, labels = mix_batch(mix, pictures, torch.eye(6), np.random.default_rng(seed))
+        torch.testing.assert_close(mixed.mean((2, 3)), labels)
+    assert (pictures.mean((2, 3)) == torch.eye(6)).all()  # the batch itself is unchanged
+
+
+def test_global_random_states_are_left_alone(folder):
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
+    classify(folder, "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
+    assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[2]
+    assert torch.equal(torch.get_rng_state(), before[1])
