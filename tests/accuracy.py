@@ -1,7 +1,7 @@
 """Does it help? Classifiers of handwritten digits, trained with and without NoiseCutMix, on a laptop.
 
-uv run python tests/accuracy.py --json=outputs/accuracy/accuracy.json
-uv run python tests/accuracy.py --work_dir=outputs/try --seeds=1 --num_aug=16 --steps=20 --generator_steps=30   # quick
+uv run --group dev tests/accuracy.py --json=outputs/accuracy/accuracy.json
+uv run --group dev tests/accuracy.py --work_dir=outputs/try --seeds=1 --num_aug=16 --steps=20 --generator_steps=30
 
 Draws augmented sets with the bundled demo, and with two generators that are trained here on 20 digits a class. Then it
 trains a small classifier for every row, column and seed, and measures how natural the seams are and how well the labels
