@@ -382,6 +382,22 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny_model, photos, tmp_pat
         trainer.step(0)
 
 
+def test_a_loss_scaler_skips_a_step_that_overflows(tiny_model, photos, tmp_path):
+    """As with float16 on a GPU, where this is normal."""
+    accelerator = create_accelerator("cpu", "float32")
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer = Trainer(Settings(model=str(tiny_model), **SETTINGS), find_photos(photos), accelerator)
+    trainer.latents.encode(tmp_path / "latents.bin", "")
+    before, scale = trainer.rows.detach().clone(), accelerator.scaler.get_scale()
+    hook = trainer.rows.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    trainer.step(0)
+    assert torch.equal(trainer.rows, before) and accelerator.scaler.get_scale() == scale / 2
+    hook.remove()
+    trainer.step(1)
+    assert not torch.equal(trainer.rows, before)
+    assert trainer.state()["scaler"]["scale"] == scale / 2
+
+
 @pytest.mark.parametrize("part", ["lora", "rows", "moments"])
 def test_a_state_that_is_not_finite_is_never_written(tiny_model, photos, tmp_path, part):
     trainer = create_trainer(tiny_model, photos)
