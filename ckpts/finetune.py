@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this repository's package, whichever is installed
 
-from noisecutmix import script
+from noisecutmix import record, script
 from noisecutmix.classes import META_CLASSES, STABLE_DIFFUSION, Classes
 from noisecutmix.cli import Parser, as_device, as_model, as_number, as_path, as_text, check_model, check_text
 from noisecutmix.errors import InputError, RunError, is_out_of_memory
@@ -26,13 +26,6 @@ from noisecutmix.files import check_writable, write_png
 from noisecutmix.photos import Photos, check_photos, find_photos
 from noisecutmix.pictures import crop_square, open_photo
 from noisecutmix.ranges import RANGES, Range, default_dtype
-from noisecutmix.record import (
-    PREVIEW_FILE,
-    describe_differences,
-    describe_program,
-    fingerprint_files,
-    fingerprint_model,
-)
 from noisecutmix.training_folder import TrainingFolder
 
 if TYPE_CHECKING:
@@ -131,22 +124,23 @@ def main() -> None:
     steps = plan_steps(options, photos, num_processes)
     choose_device_and_dtype(options)
     listing = describe_listing(photos)
-    record = {
+    description = {
         "model": options.model,
         "resolution": options.resolution,
         "meta_class": options.meta_class,
         "options": training_options(options, photos, steps, check_pictures(options, photos, folder, listing)),
         "listing": listing,
-        **describe_program(),
+        **record.describe_program(),
         "processes": num_processes,
         "device": options.device,
     }
-    folder.check_usable(record["options"], steps)
+    folder.check_usable(description["options"], steps)
     if not folder.is_complete(steps):
-        train_and_draw(options, photos, steps, folder, record)
+        train_and_draw(options, photos, steps, folder, description)
     if script.is_first_process():
-        print(f"{folder.root} is complete: {steps} steps; look at {folder.root / PREVIEW_FILE}, then run")
-        print(f"python generation.py --data_name={quote_folder(folder.root)}")
+        print(f"{folder.root} is complete: {steps} steps; look at {folder.root / record.PREVIEW_FILE}, then run")
+        name = folder.root.as_posix()
+        print(f"python generation.py --data_name={shlex.quote(f'./{name}' if name in META_CLASSES else name)}")
 
 
 def count_processes() -> int:
@@ -159,24 +153,15 @@ def count_processes() -> int:
     signs += ["LOCAL_RANK"] if "LOCAL_RANK" in os.environ else []
     if not signs:
         return 1
-    count, rank, local_rank, address, port = (
-        os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    )
-    is_valid = {
-        "WORLD_SIZE": count.isdecimal() and int(count) > 0,
-        "RANK": rank.isdecimal() and count.isdecimal() and int(rank) < int(count),
-        "LOCAL_RANK": local_rank.isdecimal(),
-        "MASTER_ADDR": bool(address),
-        "MASTER_PORT": port.isdecimal(),
-    }
-    for name, valid in is_valid.items():
-        if not valid:
-            state = f"is {os.environ[name]!r}" if name in os.environ else "is not set"
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not (value if name == "MASTER_ADDR" else value.isdecimal()):
+            state = f"is {value!r}" if name in os.environ else "is not set"
             raise InputError(
                 f"the environment variable {signs[0]} is {os.environ[signs[0]]!r}, but {name} {state}: start several "
                 f"processes with accelerate launch or torchrun, or unset {signs[0]} for one"
             )
-    return int(count)
+    return int(os.environ["WORLD_SIZE"])
 
 
 def plan_steps(options: argparse.Namespace, photos: Photos, num_processes: int) -> int:
@@ -208,7 +193,8 @@ def describe_listing(photos: Photos) -> str:
     digest = hashlib.sha256()
     for file in photos.files:
         status = file.stat()
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        name = file.relative_to(photos.root).as_posix()
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -218,7 +204,7 @@ def check_pictures(options: argparse.Namespace, photos: Photos, folder: Training
         return str(folder.record["options"].get("pictures"))
     for note in check_photos(photos, options.resolution):
         script.say(note)
-    return fingerprint_files(photos.root, photos.files)
+    return record.fingerprint_files(photos.root, photos.files)
 
 
 def recipe(options: argparse.Namespace) -> dict[str, Any]:
@@ -247,12 +233,12 @@ def training_options(options: argparse.Namespace, photos: Photos, steps: int, pi
         "class_names": list(photos.class_names),
         "num_pictures": len(photos.files),
         "pictures": pictures,
-        "model": fingerprint_model(options.model, prefers_half=options.dtype == "float16"),
+        "model": record.fingerprint_model(options.model, prefers_half=options.dtype == "float16"),
     }
 
 
 def train_and_draw(
-    options: argparse.Namespace, photos: Photos, steps: int, folder: TrainingFolder, record: dict[str, Any]
+    options: argparse.Namespace, photos: Photos, steps: int, folder: TrainingFolder, description: dict[str, Any]
 ) -> None:
     """Train the remaining steps, write the checkpoint, draw the preview."""
     from accelerate.utils import broadcast_object_list, gather_object
@@ -260,17 +246,20 @@ def train_and_draw(
     from noisecutmix.training import create_accelerator
 
     accelerator = create_accelerator(options.device, options.dtype)
-    for others in gather_object([record["options"]]):  # another machine may have other files
-        differences = describe_differences(others, record["options"])
+    if accelerator.num_processes != description["processes"]:
+        raise InputError("`device`: several processes need cuda or cpu; start one process for another device")
+    for others in gather_object([description["options"]]):  # another machine may have other files
+        differences = record.describe_differences(others, description["options"])
         if differences:
             raise InputError(f"the processes have another {differences}; use the same command and files in all of them")
     try:
         (needs_training,) = broadcast_object_list([folder.checkpoint_steps < steps])
         if needs_training:
-            train(options, photos, steps, folder, record, accelerator)
+            train(options, photos, steps, folder, description, accelerator)
         if accelerator.is_main_process:
             accelerator.free_memory()
-            draw_preview(options, photos, folder, PREVIEW_FILE)
+            folder.latents_file.unlink(missing_ok=True)
+            draw_preview(options, photos, folder, record.PREVIEW_FILE)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise RunError(
@@ -285,7 +274,7 @@ def train(
     photos: Photos,
     steps: int,
     folder: TrainingFolder,
-    record: dict[str, Any],
+    description: dict[str, Any],
     accelerator: "Accelerator",
 ) -> None:
     """Train from the newest state; write a state and the checkpoint at each interval and at the end."""
@@ -306,7 +295,7 @@ def train(
     is_main = accelerator.is_main_process
     first, state = 0, {}  # type: int, dict[str, Any]
     if is_main:
-        folder.begin(record)
+        folder.begin(description)
         first, state = folder.find_state()
     (first,) = broadcast_object_list([first])
     if first:
@@ -317,7 +306,7 @@ def train(
     classes = {"classes": list(photos.class_names), "meta_class": options.meta_class}
     if is_main and first and folder.checkpoint_steps != first:  # stopped between the state and the checkpoint
         folder.write_checkpoint(first, losses, classes, trainer.save)
-    trainer.latents.encode(folder.latents_file, json.dumps(record["options"]))
+    trainer.latents.encode(folder.latents_file, json.dumps(description["options"]))
 
     start = time.monotonic()
     with (
@@ -337,18 +326,16 @@ def train(
                 folder.write_state(done, {**trainer.state(), "losses": losses})
                 folder.write_checkpoint(done, losses, classes, trainer.save)
             if is_stopping:
+                accelerator.wait_for_everyone()  # for the state: a launcher ends the others once one has ended
                 raise script.Stopped
             bar.update()
             recent = losses[-SMOOTHED_OVER:]
-            pictures = trainer.effective_batch * (bar.format_dict["rate"] or 0)
+            pictures = options.effective_batch * (bar.format_dict["rate"] or 0)
             bar.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}, {pictures:.1f} pictures/s", refresh=False)
             if done - first == MEASURED_STEPS:
                 minutes = (time.monotonic() - start) / MEASURED_STEPS * (steps - done) / 60
                 duration = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
                 script.say(f"{steps - done} steps remain, about {duration}")
-    del trainer  # it maps the latents into memory; Windows does not delete a mapped file
-    if is_main:
-        folder.latents_file.unlink(missing_ok=True)
 
 
 def draw_preview(options: argparse.Namespace, photos: Photos, folder: TrainingFolder, file_name: str) -> None:
@@ -378,12 +365,6 @@ def draw_preview(options: argparse.Namespace, photos: Photos, folder: TrainingFo
         real = crop_square(open_photo(photos.files[photos.labels.index(label)]), side)
         rows.append((name, [real, *drawn[DRAWN_PER_CLASS * label : DRAWN_PER_CLASS * (label + 1)]]))
     write_png(folder.root / file_name, draw_comparison(rows))
-
-
-def quote_folder(folder: Path) -> str:
-    """Return a folder for a command line of --data_name, where a bare word may name a bundled data set."""
-    name = folder.as_posix()
-    return shlex.quote(f"./{name}" if name in META_CLASSES else name)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draw img/overview.png: one denoising step of NoiseCutMix and some outputs, all computed with the demo model.
 
-uv run python img/make_overview.py
+uv run --group dev img/make_overview.py
 """
 
 import argparse

@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import string
 import unicodedata
 from collections.abc import Iterable
@@ -71,10 +72,14 @@ def _read_bundled(name: str) -> Classes:
 
 
 def _read_finetuned(folder: Path) -> Classes:
-    if not (folder / CLASSES_FILE).is_file():
+    has_settings, has_classes = ((folder / name).is_file() for name in (FINETUNE_FILE, CLASSES_FILE))
+    if not has_classes and not has_settings:
         raise InputError(f"`data_name`: {folder} has no {CLASSES_FILE}; give a folder that ckpts/finetune.py wrote")
-    classes = _read_classes(folder / CLASSES_FILE)
     settings = _read_object(folder / FINETUNE_FILE, 'expected {"model": "…", "resolution": …}')
+    if not has_classes:
+        command = shlex.join(map(str, settings.get("command") or ["python", "ckpts/finetune.py"]))
+        raise InputError(f"`data_name`: the training in {folder} has no checkpoint yet; continue it with: {command}")
+    classes = _read_classes(folder / CLASSES_FILE)
     model, resolution = settings.get("model"), settings.get("resolution")
     if not _is_text(model):
         raise InputError(f'`data_name`: "model" is missing in {folder / FINETUNE_FILE}; run ckpts/finetune.py again')

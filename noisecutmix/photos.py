@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from .pictures import inspect_photo
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 UNMEANT_FOLDERS = ("@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found")
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+SPLITS = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([ _-]?(set|split|images))?\d*")
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,11 @@ class _Walk:
     def __init__(self, root: Path):
         self.unused: collections.Counter[str] = collections.Counter()  # files, by type
         self.unmeant: collections.Counter[str] = collections.Counter()  # by name
-        self._entered: dict[tuple[int, int], Path] = {}  # by device and inode
+        self._entered: dict[object, Path] = {}  # by device and inode
         self._root = root
-        self.enter(root)
+        self._resolved_root = root.resolve()
+        for folder in (self._resolved_root, *self._resolved_root.parents):
+            self.enter(folder)
 
     def enter(self, folder: Path) -> bool:
         """Return whether the folder is entered for the first time.
@@ -177,13 +180,21 @@ class _Walk:
             InputError: it is a link to a folder that contains it, or that another class has.
         """
         status = folder.stat()
-        other = self._entered.setdefault((status.st_dev, status.st_ino), folder)
+        # some network drives of Windows number no files
+        key = (status.st_dev, status.st_ino) if status.st_ino else folder.resolve()
+        other = self._entered.setdefault(key, folder)
         if other == folder:
             return True
-        depth = len(self._root.parts) + 1
-        if other in folder.parents or other.parts[:depth] != folder.parts[:depth]:
+        if other in folder.parents or self._class_of(other) != self._class_of(folder):
             raise InputError(f"{folder} leads to {other}, which is used already; remove the link")
         return False
+
+    def _class_of(self, path: Path) -> str | None:
+        """Return the name of the class folder that a path lies in or is, None outside of all."""
+        for root in (self._root, self._resolved_root):
+            if path.is_relative_to(root) and path != root:
+                return path.relative_to(root).parts[0]
+        return None
 
     def list(self, folder: Path) -> list[tuple[Path, bool]]:
         """Return (path, whether it is a folder) of what is used in a folder, sorted by name."""
@@ -204,6 +215,8 @@ class _Walk:
             if is_folder:
                 yield from self.pictures(path) if self.enter(path) else ()
             elif path.suffix.lower() in SUFFIXES and stat.S_ISREG(path.stat().st_mode):
+                if path.is_symlink() and self._class_of(path.resolve()) not in (None, self._class_of(path)):
+                    raise InputError(f"{path} is a link to a picture of another class; remove it")
                 yield path
             else:
                 self.unused[path.suffix.lower() or path.name] += 1
@@ -227,9 +240,9 @@ def _check_names(root: Path, folders: list[Path]) -> None:
 
 def _check_splits(root: Path, folders: list[Path]) -> None:
     """Raise an InputError if the folders are splits of a data set, which hold the class folders."""
-    inner = [{e.name for e in os.scandir(folder) if e.is_dir() and not _is_unmeant(e.name)} for folder in folders]
-    have_same_classes = len(inner[0]) > 1 and all(names == inner[0] for names in inner)
-    if have_same_classes or all(folder.name.lower() in SPLITS for folder in folders):
+    inner = [{e.name: e.is_dir() for e in os.scandir(folder) if not _is_unmeant(e.name)} for folder in folders]
+    have_same_classes = len(inner[0]) > 1 and all(all(names.values()) and names == inner[0] for names in inner)
+    if have_same_classes or sum(bool(SPLITS.fullmatch(folder.name.lower())) for folder in folders) > 1:
         chosen = next((folder for folder in folders if folder.name.lower().startswith("train")), folders[0])
         names = ", ".join(folder.name for folder in folders[:3])
         raise InputError(f"the folders in {root} ({names}) are splits, not classes; give one of them, such as {chosen}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from .errors import InputError, first_line
 
 LARGEST_PICTURE = 500_000_000  # pixels; the largest camera sensors have fewer
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")  # those at which coded data end
 ORIENTATION, PHOTOMETRIC, BITS_PER_SAMPLE = 274, 262, 258  # EXIF and TIFF tags
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,6 +49,7 @@ def inspect_photo(file: Path) -> tuple[str | None, int, bool]:
     try:
         with _naming(file), _open(file) as image:
             side, has_pages = min(image.size), image.format == "TIFF" and getattr(image, "n_frames", 1) > 1
+            image.seek(0)  # to count the pages is to go to the last one
             image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which takes a sixth of the time
             _to_rgb(image)
             return None, side, has_pages
@@ -79,11 +82,13 @@ def _open(file: Path) -> Image.Image:
 
 
 def _has_end_of_jpeg(content: bytes) -> bool:
-    """Return whether the end marker follows the start of the scan (ITU-T T.81, annex B); a thumbnail has its own."""
+    """Return whether there is an end marker outside the segments (ITU-T T.81, annex B); a thumbnail has its own."""
     place = 2
-    while content[place + 1 : place + 2] not in (b"\xda", b""):
-        place += 1 if content[place + 1] == 0xFF else 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    return content.find(b"\xff\xd9", place) >= 0
+    while marker := JPEG_MARKER.search(content, place):
+        if marker[1] == b"\xd9":
+            return True
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    return False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -151,18 +151,16 @@ class PictureLatents:
 
     def _encode_own_share(self, file: Path, row_bytes: int, made_for: str) -> None:
         """Encode every n-th block of pictures, for n processes, if the checksum of one of its pictures is wrong."""
-        num_pictures, is_main = len(self._photos.files), self._accelerator.is_main_process
+        num_pictures, record_bytes = len(self._photos.files), row_bytes + CHECKSUM_BYTES
         per_block = max(1, PIXELS_AT_ONCE // self._resolution**2 // len(self._flips))
         blocks = [range(num_pictures)[start : start + per_block] for start in range(0, num_pictures, per_block)]
         own = blocks[self._accelerator.process_index :: self._accelerator.num_processes]
-        with (
-            open(file, "r+b") as content,
-            tqdm(total=sum(map(len, own)), desc="encoding pictures", unit="picture", disable=not is_main) as bar,
-        ):
+        count, is_main = sum(map(len, own)), self._accelerator.is_main_process
+        bar = tqdm(total=count, desc="encoding pictures", unit="picture", disable=not is_main)
+        with open(file, "r+b") as content, bar:
             for block in own:
                 script.check_signals()
-                start, record_bytes = block.start * (row_bytes + CHECKSUM_BYTES), row_bytes + CHECKSUM_BYTES
-                content.seek(start)
+                content.seek(block.start * record_bytes)
                 records = [content.read(record_bytes) for _ in block]
                 if not all(
                     record[row_bytes:] == _checksum(record[:row_bytes], picture, made_for)
@@ -170,7 +168,7 @@ class PictureLatents:
                 ):
                     views = [(picture, is_flipped, 0.5) for picture in block for is_flipped in self._flips]
                     encoded = self._encode(views, list(self._pool.map(self._read, views))).cpu().contiguous()
-                    content.seek(start)
+                    content.seek(block.start * record_bytes)
                     for picture, row in zip(block, encoded.view(torch.uint8).reshape(len(block), row_bytes)):
                         values = row.numpy().tobytes()
                         content.write(values + _checksum(values, picture, made_for))

@@ -4,7 +4,7 @@ import contextlib
 import math
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -63,34 +63,25 @@ def create_accelerator(device: str, dtype: str) -> Accelerator:
     """
     if ":" in device:
         torch.cuda.set_device(device)
+    # while torch waits for the other processes, no Python code runs: let a signal end the process at once
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    ddp, group = DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     try:
-        with _ended_by_signals():
-            accelerator = Accelerator(
-                cpu=device == "cpu",
-                mixed_precision=MIXED_PRECISION[dtype],
-                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer itself accumulates
-                kwargs_handlers=[
-                    DistributedDataParallelKwargs(broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-                ],
-            )
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=MIXED_PRECISION[dtype],
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer itself accumulates
+            kwargs_handlers=[ddp, group],
+        )
     except ValueError as error:
         raise InputError(f"`dtype`: {dtype} cannot be used on {device}: {error}") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise InputError(f"accelerate is set to {kind.value}, which is not supported; launch one process per GPU")
     return accelerator
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let a signal end the process at once: while torch waits for other processes, no handler of Python runs."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class TokenTable(nn.Module):
@@ -130,7 +121,6 @@ class Trainer:
         accelerator: the processes, the device and the mixed precision.
 
     Attributes:
-        effective_batch: pictures per step, over all processes and accumulated gradients.
         lora: (down, up) of each attention layer, in the form that `save_checkpoint` takes.
         latents: the pictures' latents.
 
@@ -143,8 +133,6 @@ class Trainer:
         self.photos = photos
         self._accelerator = accelerator
         self._dtype: torch.dtype = DTYPES[settings.dtype]
-        per_process = settings.train_batch_size * settings.gradient_accumulation_steps
-        self.effective_batch = per_process * accelerator.num_processes
         # peft draws initial weights, which _draw_lora replaces
         with quiet_libraries(), torch.random.fork_rng(devices=[]):
             pipe = load_base_model(settings.model, prefers_half=self._dtype == torch.float16)
@@ -198,7 +186,7 @@ class Trainer:
         for part in range(count):
             is_last = part == count - 1  # average the processes' gradients once per step
             with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._model):
-                loss = self._loss(step, part) / count
+                loss = self._loss(step * count + part) / count
                 self._accelerator.backward(loss)
             mean_loss += loss.detach()
         lora_norm = self._accelerator.clip_grad_norm_(self._lora_weights, MAX_GRADIENT_NORM)
@@ -208,8 +196,7 @@ class Trainer:
         report = torch.stack([mean_loss, gradient_norm, torch.full_like(mean_loss, wants_stop)])
         mean, gradient, stopping = self._accelerator.reduce(report, "mean").tolist()
         if not math.isfinite(mean) or (self._accelerator.scaler is None and not math.isfinite(gradient)):
-            what = "gradient" if math.isfinite(mean) else "loss"
-            self._raise_not_finite(f"the {what} of step {step + 1}")
+            self._raise_not_finite(f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step + 1}")
         return mean, stopping > 0
 
     def state(self) -> dict[str, Any]:
@@ -277,25 +264,20 @@ class Trainer:
                 lora[name] = (down, up)
         return lora
 
-    def _plan(self, step: int, part: int) -> list[Sample]:
-        """Return this process's samples in a batch: `part` counts the accumulated batches of a step."""
-        settings, accelerator = self.settings, self._accelerator
-        place = part * accelerator.num_processes + accelerator.process_index
-        first = step * self.effective_batch + place * settings.train_batch_size
-        num_pictures, num_timesteps = len(self.photos.files), self._schedule.config.num_train_timesteps
+    def _plan(self, batch: int) -> list[Sample]:
+        """Return this process's samples of a batch; the accumulated batches of all steps are counted from 0."""
+        settings, num_pictures = self.settings, len(self.photos.files)
+        num_timesteps, size = self._schedule.config.num_train_timesteps, settings.train_batch_size
+        first = (batch * self._accelerator.num_processes + self._accelerator.process_index) * size
         return [
             plan_sample(settings.seed, index, num_pictures, num_timesteps, self.latents.shape, settings.random_flip)
-            for index in range(first, first + settings.train_batch_size)
+            for index in range(first, first + size)
         ]
 
-    def _loss(self, step: int, part: int) -> torch.Tensor:
-        """Return the mean squared error of the estimate for this process's samples in a batch."""
-        device, schedule = self._accelerator.device, self._schedule
-        samples = self._plan(step, part)
-        upcoming: list[Sample] = []
-        if self.settings.random_crop:
-            is_last = part == self.settings.gradient_accumulation_steps - 1
-            upcoming = self._plan(step + 1, 0) if is_last else self._plan(step, part + 1)
+    def _loss(self, batch: int) -> torch.Tensor:
+        """Return the mean squared error of the estimate for this process's samples of a batch."""
+        device, schedule, samples = self._accelerator.device, self._schedule, self._plan(batch)
+        upcoming = self._plan(batch + 1) if self.settings.random_crop else []
         encoded = self.latents.of([sample.view for sample in samples], [sample.view for sample in upcoming])
         mean, deviation = encoded.to(device, torch.float32).unbind(1)
         posterior_noise = torch.stack([sample.posterior_noise for sample in samples]).to(device)

@@ -1,7 +1,7 @@
 """Does it help? Classifiers of handwritten digits, trained with and without NoiseCutMix, on a laptop.
 
-uv run python tests/accuracy.py --json=outputs/accuracy/accuracy.json
-uv run python tests/accuracy.py --work_dir=outputs/try --seeds=1 --num_aug=16 --steps=20 --generator_steps=30   # quick
+uv run --group dev tests/accuracy.py --json=outputs/accuracy/accuracy.json
+uv run --group dev tests/accuracy.py --work_dir=outputs/try --seeds=1 --num_aug=16 --steps=20 --generator_steps=30
 
 Draws augmented sets with the bundled demo, and with two generators that are trained here on 20 digits a class. Then it
 trains a small classifier for every row, column and seed, and measures how natural the seams are and how well the labels
@@ -15,7 +15,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,18 +23,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from noisecutmix.cutmix import Box, draw_mask, sample_box
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from noisecutmix import AugmentedDataset, MixedDataset, cli, record, script
+from noisecutmix import AugmentedDataset, MixedDataset, NoiseCutMixGenerator, cli, script
 from noisecutmix.errors import RunError
-from noisecutmix.folder import OutputFolder
-from noisecutmix.generator import create_generator
-from noisecutmix.plan import Item, Plan
+from noisecutmix.plan import Box, Item, Plan, create_plan, draw_mask, sample_box
 from noisecutmix.preview import AUG_COLOR, TARGET_COLOR
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,19 +62,6 @@ def load_script(path: Path) -> Any:
 # The pictures
 
 
-@dataclass(frozen=True)
-class SingleClassPlan(Plan):
-    """A plan's items with an all-white mask and a hard label: one class rules all, the noise stays."""
-
-    shown: str = "target"
-
-    def item(self, index: int, target: int | None = None, aug: int | None = None) -> Item:
-        item = super().item(index, target, aug)
-        if self.shown == "aug":
-            item = replace(item, target=item.aug, aug=item.target)
-        return replace(item, box=(0, 0, self.resolution, self.resolution), ratio=1.0)
-
-
 def run_script(script_file: str, *arguments: str) -> None:
     """Run a script of the repository. Raises RunError where it fails."""
     status = subprocess.run([sys.executable, str(ROOT / script_file), *arguments], check=False).returncode
@@ -85,38 +69,17 @@ def run_script(script_file: str, *arguments: str) -> None:
         raise RunError(f"{script_file} failed, see above; another --work_dir starts again")
 
 
-def draw_single_class(root: Path, shown: str, num_items: int, mixed_plan: Plan, options: argparse.Namespace) -> None:
-    """Draw one class of each item into a folder such as augmentation.py's; continues an earlier run."""
-    plan = SingleClassPlan(*astuple(mixed_plan), shown)
-    folder = OutputFolder(root, plan, num_items, options.classes.names)
-    shape = {**record.describe_shape(options, DEVICE), "shown": plan.shown}
-    with folder.held(shape, overwrite=False):
-        folder.begin(shape, record.describe_run(options, DEVICE))
-        missing = folder.mend(np.arange(num_items)).tolist()
-        if missing:
-            generator = create_generator(options, DEVICE, plan)
-            with tqdm(total=num_items, initial=num_items - len(missing), unit="image") as bar:
-                for start in range(0, len(missing), generator.batch_size):
-                    items = [plan.item(index) for index in missing[start : start + generator.batch_size]]
-                    for item, image in zip(items, generator.draw(items)):
-                        folder.write(item, image)
-                    bar.update(len(items))
-        folder.finish()
-
-
-def draw_sets(work_dir: Path, num_aug: int, *model: str) -> tuple[dict[str, TensorDataset], Plan, argparse.Namespace]:
-    """Draw a generator's two sets; return them decoded, with the plan and the options of both.
+def draw_sets(work_dir: Path, num_aug: int, *model: str) -> tuple[dict[str, TensorDataset], Plan]:
+    """Draw a generator's two sets; return them decoded, with the plan of both.
 
     `model`: --model and --ckpt_path, where it is not the bundled one.
     """
-    arguments = ["--data_name=digits", f"--num_aug={num_aug}", f"--device={DEVICE}", *model]
-    arguments.append(f"--output_dir={work_dir / 'noisecutmix'}")
-    options = cli.parse_augmentation(arguments)
-    plan = Plan(options.seed, NUM_CLASSES, options.alpha, options.resolution)
-    run_script("augmentation.py", *arguments)  # it continues an earlier run
-    draw_single_class(work_dir / "stable_diffusion", "target", num_aug, plan, options)
-    names = ("noisecutmix", "stable_diffusion")
-    return {name: decode(AugmentedDataset(work_dir / name, to_input)) for name in names}, plan, options
+    flags = ["--data_name=digits", f"--num_aug={num_aug}", f"--device={DEVICE}", *model]
+    sets = {"noisecutmix": [], "stable_diffusion": ["--single_class"]}
+    for name, more in sets.items():
+        run_script("augmentation.py", *flags, *more, f"--output_dir={work_dir / name}")  # it continues an earlier run
+    plan = create_plan(cli.parse_augmentation(flags))
+    return {name: decode(AugmentedDataset(work_dir / name, to_input)) for name in sets}, plan
 
 
 def train_generator(work_dir: Path, subset: int, steps: int) -> tuple[str, str]:
@@ -324,17 +287,18 @@ def measure_seams(pictures: Sequence[np.ndarray], boxes: Sequence[Box]) -> float
     return float(np.concatenate(across).mean() / np.concatenate(ordinary).mean())
 
 
-def compare_seams(work_dir: Path, items: Sequence[Item], images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def compare_seams(work_dir: Path, plan: Plan, num_items: int, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Measure the seams of NoiseCutMix, of the same items' single pictures pasted, and of real digits there."""
-    names = ("noisecutmix", "stable_diffusion", "stable_diffusion_aug")
-    read = {name: AugmentedDataset(work_dir / name, to_pixels) for name in names}
-    items = [item for item in items if 0 < item.ratio < 1]
+    read = {name: AugmentedDataset(work_dir / name, to_pixels) for name in ("noisecutmix", "stable_diffusion")}
+    items = [item for item in plan.items(num_items) if 0 < item.ratio < 1]
+    generator = NoiseCutMixGenerator(DEVICE, "digits", plan=replace(plan, single_class=True))
+    augs = generator.draw([replace(item, target=item.aug, aug=item.target) for item in items])
     boxes = [item.box for item in items]
     rng = np.random.default_rng(0)
     mixed, pasted, real = [], [], []
-    for item in items:
+    for item, aug_picture in zip(items, augs):
         mixed.append(read["noisecutmix"][item.index][0])
-        target, aug = read["stable_diffusion"][item.index][0], read["stable_diffusion_aug"][item.index][0]
+        target, aug = read["stable_diffusion"][item.index][0], to_pixels(aug_picture)
         pasted.append(np.where(np.array(draw_mask(item.box, *target.shape)) > 0, target, aug))
         real.append(images[rng.choice(np.flatnonzero(labels == item.target))].astype(np.float32))
     return {
@@ -471,9 +435,8 @@ def main() -> None:
 
     # Draw with the bundled generator
     print("Pictures of the bundled generator", flush=True)
-    sets, plan, options = draw_sets(work_dir, num_aug)
+    sets, plan = draw_sets(work_dir, num_aug)
     num_seams = min(MOST_SEAMS, num_aug)
-    draw_single_class(work_dir / "stable_diffusion_aug", "aug", num_seams, plan, options)  # for the seams
 
     # Train generators on few digits, and draw with them
     alone = []
@@ -507,7 +470,7 @@ def main() -> None:
             }
             for subset_judge, trial in zip(subset_judges, alone)
         ],
-        "seams": compare_seams(work_dir, items[:num_seams], train_images, train_labels),
+        "seams": compare_seams(work_dir, plan, num_seams, train_images, train_labels),
         "label_fit_classifier_accuracy": measure_accuracy(judge, test),
         "label_fit": measure_label_fit(judge, sets["noisecutmix"].tensors[0], items),
     }

@@ -2,27 +2,27 @@
 
 Run by hand; it downloads nothing. The claims on two CPU cores, then a GPU's table:
 
-    uv run python tests/benchmark.py --arch sd15 --device cpu --part startup
-    uv run python tests/benchmark.py --arch digits --device cpu --part throughput
-    uv run python tests/benchmark.py --arch digits --device cpu --part writer
-    uv run python tests/benchmark.py --arch sd15 --device cpu --dtype bfloat16 --resolution 256 --steps 2 \
+    uv run --group dev tests/benchmark.py --arch sd15 --device cpu --part startup
+    uv run --group dev tests/benchmark.py --arch digits --device cpu --part throughput
+    uv run --group dev tests/benchmark.py --arch digits --device cpu --part writer
+    uv run --group dev tests/benchmark.py --arch sd15 --device cpu --dtype bfloat16 --resolution 256 --steps 2 \
 --batch_size 1 --num_images 2 --part throughput memory
-    uv run python tests/benchmark.py --arch sd15 --device cuda --batch_size 16 --compile --part throughput memory
+    uv run --group dev tests/benchmark.py --arch sd15 --device cuda --batch_size 16 --compile --part throughput memory
 
 and what a GPU's costs are bound to be, computed without one:
 
-    uv run python tests/benchmark.py --arch sd15 --device cuda --dry_run
+    uv run --group dev tests/benchmark.py --arch sd15 --device cuda --dry_run
 
 ckpts/finetune.py's trainer beside a plain loop (see benchmark_finetune.py), and what it costs a GPU:
 
-    uv run python tests/benchmark.py --finetune --arch digits --device cpu --batch_size 32
-    uv run python tests/benchmark.py --finetune --arch sd15 --device cpu --resolution 256 --batch_size 1 --steps 2
-    uv run python tests/benchmark.py --finetune --arch sd15 --device cuda --dry_run
+    uv run --group dev tests/benchmark.py --finetune --arch digits --device cpu --batch_size 32
+    uv run --group dev tests/benchmark.py --finetune --arch sd15 --device cpu --resolution 256 --batch_size 1 --steps 2
+    uv run --group dev tests/benchmark.py --finetune --arch sd15 --device cuda --dry_run
 
 and what a data set costs by its size, and how well processes share one:
 
-    uv run python tests/benchmark.py --scale
-    uv run python tests/benchmark.py --processes
+    uv run --group dev tests/benchmark.py --scale
+    uv run --group dev tests/benchmark.py --processes
 
 The plain way: a resize per token, LoRA adapters left unfused, contiguous memory, prompts encoded again each batch,
 float pictures on the CPU, PNG at level 6 between the batches; never compiled. Both ways draw the same items.

@@ -129,6 +129,13 @@ def test_a_folder_of_finetune_sets_classes_model_and_resolution(tmp_path):
     assert (classes.model, classes.resolution, classes.ckpt_path) == ("some/model@main", 64, folder)
 
 
+def test_a_folder_whose_training_has_no_checkpoint_yet_gives_the_command(tmp_path):
+    folder = write_finetuned(tmp_path / "mine", command=["python", "ckpts/finetune.py", "--data_dir=my photos"])
+    (folder / "classes.json").unlink()
+    with pytest.raises(InputError, match=r"has no checkpoint yet; .*python ckpts/finetune\.py '--data_dir=my photos'$"):
+        load_classes(str(folder))
+
+
 @pytest.mark.parametrize("settings", [{"model": None}, {"model": 3}, {"resolution": "64"}, {"resolution": True}])
 def test_a_damaged_finetune_json_is_refused(tmp_path, settings):
     with pytest.raises(InputError, match=r"`data_name`: .*finetune\.json.*; run ckpts/finetune\.py again"):

@@ -79,7 +79,6 @@ def test_no_labels_give_no_pictures(generator):
 
 
 WRONG = {
-    "device": ("foo", 3),
     "dtype": ("float8", torch.int8),
     "data_name": ("birds",),
     "class_names": (["one", "one"],),

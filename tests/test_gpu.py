@@ -1,4 +1,4 @@
-"""Tests on a real NVIDIA GPU: `uv run pytest -m cuda`. All of them are skipped if no GPU is visible."""
+"""Tests on a real NVIDIA GPU: `uv run --group dev pytest -m cuda`. All of them are skipped if no GPU is visible."""
 
 import contextlib
 import os

@@ -197,6 +197,8 @@ LINKS = {
     "of a class to another": ("owl", "blue jay", "owl leads to .*blue jay, which is used already"),
     "of a class to nothing": ("owl", "../nowhere", "owl is a link to nothing; repair or remove it"),
     "of a folder to nothing": ("red kite/more", "../nowhere", "more is a link to nothing"),
+    "of a picture to another class": ("red kite/9.png", "blue jay/0.png", r"9\.png is a link to a picture of another"),
+    "to what contains all classes": ("red kite/up", "..", "up leads to .*, which is used already"),
     "of a picture to nothing": ("red kite/9.png", "../nowhere", r"9\.png is a link to nothing"),
 }
 
@@ -249,7 +251,9 @@ def test_a_file_name_that_is_not_utf_8_is_used(root):
     assert len(found.files) == 9
 
 
-@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "TEST"), ("fold1", "fold2")])
+@pytest.mark.parametrize(
+    "names", [("train", "val", "test"), ("Train", "TEST"), ("fold1", "fold2"), ("train_images", "val2017", "logs")]
+)
 def test_splits_are_not_taken_for_classes(tmp_path, names):
     for name in names:
         write_photos(tmp_path / "all" / name, count=1)

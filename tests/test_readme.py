@@ -15,13 +15,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+(?: \w+)?)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 SCRIPTS = {"augmentation.py": create_augmentation_parser(), "generation.py": create_generation_parser()}
-PARSERS = {**SCRIPTS, "finetune.py": load_module(ROOT / "ckpts" / "finetune.py").create_parser()}
+TOOLS = {name: load_module(ROOT / "ckpts" / name).create_parser() for name in ("finetune.py", "classify.py")}
+PARSERS = {**SCRIPTS, **TOOLS}
 
 
 def script_commands(kind):
     """Return (script, arguments) of each command in the blocks of a kind that runs one of the scripts."""
     text = "\n".join(block for name, block in BLOCKS if name == kind).replace("\\\n", " ").replace("'", "")
-    commands = re.findall(r"(augmentation\.py|generation\.py|finetune\.py) (.*)", text)
+    commands = re.findall(r"(augmentation\.py|generation\.py|finetune\.py|classify\.py) (.*)", text)
     return [(script, shlex.split(arguments)) for script, arguments in commands]
 
 

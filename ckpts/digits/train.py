@@ -1,10 +1,10 @@
 """Train the bundled demo: a tiny Stable Diffusion of handwritten digits, and a Diff-Mix checkpoint for it.
 
-    uv run python ckpts/digits/train.py --output_dir=outputs/digits_checkpoint
-    uv run python ckpts/digits/train.py --output_dir=outputs/digits_checkpoint --steps=30   # a quick try
+    uv run --group dev ckpts/digits/train.py --output_dir=outputs/digits_checkpoint
+    uv run --group dev ckpts/digits/train.py --output_dir=outputs/digits_checkpoint --steps=30   # a quick try
 
-    uv run python ckpts/digits/train.py --output_dir=outputs/few --digits_a_class=20    # from only 200 digits
-    uv run python ckpts/digits/train.py --write_pictures=outputs/mirrored    # mirrored digits for fine-tuning
+    uv run --group dev ckpts/digits/train.py --output_dir=outputs/few --digits_a_class=20    # from only 200 digits
+    uv run --group dev ckpts/digits/train.py --write_pictures=outputs/mirrored    # mirrored digits for fine-tuning
 
 The three stages train the autoencoder, then the UNet and its text encoder, then, by ckpts/finetune.py, the rank-10 LoRA
 and one token per class. Everything is seeded: the same versions on the same machine train the same weights.
@@ -266,6 +266,9 @@ def main():
     parser.add_argument("--subset", type=int, default=0, metavar="K", help="number of the subset of these digits")
     parser.add_argument("--write_pictures", type=Path, metavar="DIR", help="write mirrored digits there and exit")
     args = parser.parse_args()
+    folder = args.write_pictures
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        parser.exit(2, f"train.py: error: --write_pictures: {folder} is not an empty folder; choose another\n")
 
     images, labels, _, _ = load_split()
     if args.digits_a_class:
