@@ -218,11 +218,11 @@ def naming_flags(main):
 
 
 def files_of(folder):
-    """Return {name: content} of the files of a data set."""
+    """Return {name: content} of the files of a data set, without what a killed process left behind."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "run.json"
+        if path.is_file() and path.name != "run.json" and path.suffix != ".tmp"
     }
 
 

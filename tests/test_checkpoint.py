@@ -543,18 +543,6 @@ def test_loading_leaves_the_global_random_state_alone(tiny_model, tiny_checkpoin
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_missing_device_is_named(tiny_model, tiny_checkpoint):
-    with pytest.raises(InputError, match="`device`: cuda:99 cannot be used"):
-        load_pipeline(str(tiny_model), tiny_checkpoint, device="cuda:99")
-
-
-@pytest.mark.parametrize("device", ["foo", "cuda:x", "meta", 3, None, True])
-def test_an_invalid_device_is_refused_in_one_line(tiny_model, tiny_checkpoint, device):
-    with pytest.raises(InputError, match=f"`device`: {device} cannot be used") as caught:
-        load_pipeline(str(tiny_model), tiny_checkpoint, device=device)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_dtype_may_be_a_string(tiny_model, tiny_checkpoint):
     assert load_pipeline(str(tiny_model), tiny_checkpoint, "cpu", "bfloat16").unet.dtype == torch.bfloat16
     for wrong in ("float8", torch.int8, torch.float64, 16):
