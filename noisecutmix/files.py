@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import re
 import struct
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,8 @@ from .errors import InputError
 
 PNG_COLOR_TYPES = {"L": 0, "RGB": 2}
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-TEMPORARY_NAME = r"\..+\.[0-9a-f]{32}\.tmp"
+TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+LONGEST_WRITE = 3600  # seconds; an older temporary file is one of a killed process
 
 
 @contextlib.contextmanager
@@ -70,6 +73,14 @@ def create_file(path: Path, content: bytes) -> bool:
             return False
         os.replace(temporary, path)  # the process that created it was killed before it wrote
         return True
+
+
+def delete_old_temporary_files(folder: Path) -> None:
+    """Delete what killed processes left in a folder; what a running one writes stays."""
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if TEMPORARY_NAME.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > LONGEST_WRITE:
+                os.unlink(entry)
 
 
 def write_png(path: Path, image: Image.Image, comment: str = "") -> None:

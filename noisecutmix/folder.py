@@ -11,8 +11,6 @@ import hashlib
 import io
 import json
 import os
-import re
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +21,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from .errors import InputError, RunError
-from .files import TEMPORARY_NAME, atomic_file, create_file, decode_png, first_bytes_of_png, has_ends_of_png, write_png
+from .files import (
+    atomic_file,
+    create_file,
+    decode_png,
+    delete_old_temporary_files,
+    first_bytes_of_png,
+    has_ends_of_png,
+    write_png,
+)
 from .plan import Item, Plan
 from .preview import MOST_PICTURES, draw_preview
 from .record import (
@@ -41,7 +47,6 @@ from .record import (
 MODES = {"image": "RGB", "mask": "L"}  # of the pictures, by folder
 LOOKED_AT_ONCE = 1000  # items
 ROWS_COMPARED = 1000
-LONGEST_WRITE = 3600  # seconds; an older temporary file is one of a killed process
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
@@ -195,10 +200,7 @@ class OutputFolder:
                 metadata.write(self._metadata_line(item))
             self._check_still_ours()
         for folder in (self.root, *(self.root / part for part in PREFIXES)):
-            for entry in os.scandir(folder):
-                with contextlib.suppress(FileNotFoundError):
-                    if re.fullmatch(TEMPORARY_NAME, entry.name) and time.time() - entry.stat().st_mtime > LONGEST_WRITE:
-                        os.unlink(entry)
+            delete_old_temporary_files(folder)
 
     def _path(self, part: str, index: int) -> Path:
         return self.root / (item_file_name(part, self.num_items) % index)

@@ -173,7 +173,7 @@ def _report(error: BaseException) -> int:
         say(f"stopped; {HOW_TO_CONTINUE}")
         return 128 + (_signals.first or signal.SIGINT)
     if isinstance(error, InputError):
-        if _read_number(LOCAL_RANK, 0) == 0:  # all processes of a machine fail in the same way
+        if _read_number(LOCAL_RANK, 0) == 0 or _read_number(COUNT, 1) == 1:  # all of a machine fail in the same way
             _print_error(str(error))
         return 2
     if isinstance(error, OSError):

@@ -2,14 +2,13 @@
 
 import json
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .classes import CLASSES_FILE, EMBEDDINGS_FILE, FINETUNE_FILE, LORA_FILE
 from .errors import InputError
-from .files import TEMPORARY_NAME, atomic_file, create_file
+from .files import atomic_file, create_file, delete_old_temporary_files
 from .record import PREVIEW_FILE, describe_differences
 from .script import say
 
@@ -17,7 +16,6 @@ LATENTS_FILE = "latents.bin"
 CHECKPOINT = (LORA_FILE, EMBEDDINGS_FILE, CLASSES_FILE)
 STATE = re.compile(r"state_(\d+)\.pt")
 STATES_KEPT = 2
-LONGEST_WRITE = 3600  # seconds; an older temporary file is one of a killed process
 
 
 class TrainingFolder:
@@ -71,9 +69,7 @@ class TrainingFolder:
             InputError: another run has just begun here, with other options.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        for file in self.root.iterdir():
-            if re.fullmatch(TEMPORARY_NAME, file.name) and time.time() - file.stat().st_mtime > LONGEST_WRITE:
-                file.unlink()
+        delete_old_temporary_files(self.root)
         create_file(self._record_file, _encode({**record, "steps": 0, "losses": []}))
         self.record = {**self._read_record(), "listing": record["listing"]}
         self._check_options(record["options"])
