@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -57,6 +58,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
     for stream in (sys.stdout, sys.stderr):
         _keep_writable(stream)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about pictures that are read all the same
     _signals.listen()
     status = 0
     try:
