@@ -221,11 +221,11 @@ def test_messages_during_a_run_name_parameters(monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="the test hides the compiler with PATH")
 def test_compile_without_a_compiler_says_what_to_install(tmp_path):
     code = """
-from noisecutmix import NoiseCutMixGenerator
+from noisecutmix import NoiseCutMixGenerator, RunError
 generator = NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=1)
 try:
     generator.compile()
-except RuntimeError as error:
+except RunError as error:
     print(error)
 """
     environment = offline_environment(

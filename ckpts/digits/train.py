@@ -4,6 +4,7 @@
     uv run --group dev ckpts/digits/train.py --output_dir=outputs/digits_checkpoint --steps=30   # a quick try
 
     uv run --group dev ckpts/digits/train.py --output_dir=outputs/few --digits_a_class=20    # from only 200 digits
+    uv run --group dev ckpts/digits/train.py --output_dir=outputs/half --only_base_of 01234   # knows five classes
     uv run --group dev ckpts/digits/train.py --write_pictures=outputs/mirrored    # mirrored digits for fine-tuning
 
 The three stages train the autoencoder, then the UNet and its text encoder, then, by ckpts/finetune.py, the rank-10 LoRA
@@ -264,6 +265,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--digits_a_class", type=int, metavar="N", help="train on N digits per class, also shifted")
     parser.add_argument("--subset", type=int, default=0, metavar="K", help="number of the subset of these digits")
+    parser.add_argument("--only_base_of", metavar="DIGITS", help="train a base model on these digits, also shifted")
     parser.add_argument("--write_pictures", type=Path, metavar="DIR", help="write mirrored digits there and exit")
     args = parser.parse_args()
     folder = args.write_pictures
@@ -277,12 +279,15 @@ def main():
         except ValueError as error:
             parser.error(f"--digits_a_class: {error}")
         images, labels = images[chosen], labels[chosen]
+    if args.only_base_of:
+        chosen = np.isin(labels, [int(digit) for digit in args.only_base_of])
+        images, labels = images[chosen], labels[chosen]
     pictures = enlarge(images)
     if args.write_pictures:
         write_pictures(args.write_pictures, pictures[:, :, ::-1], labels)
         print(f"wrote {args.write_pictures}")
         return
-    if args.digits_a_class:
+    if args.digits_a_class or args.only_base_of:
         pictures, labels = shift_all(pictures, labels)
     pixels = torch.from_numpy(pictures).float() / 127.5 - 1
     pixels = pixels[:, None].repeat(1, 3, 1, 1)  # (n, 3, 32, 32)
@@ -301,6 +306,9 @@ def main():
             vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
         )
         save_base(args.output_dir / "base", pipe)
+    if args.only_base_of:
+        print(f"wrote {args.output_dir / 'base'}")
+        return
     with tempfile.TemporaryDirectory() as data_dir:
         write_pictures(Path(data_dir), pictures, labels)
         checkpoint = args.output_dir / f"shot-1-lora-rank{LORA_RANK}"
