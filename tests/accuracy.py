@@ -1,52 +1,57 @@
-"""Does it help? Classifiers of handwritten digits, trained with and without NoiseCutMix, on a laptop.
+"""Does it help? The comparison of ckpts/classify.py on handwritten digits, on a laptop.
 
-uv run --group dev tests/accuracy.py --json=outputs/accuracy/accuracy.json
-uv run --group dev tests/accuracy.py --work_dir=outputs/try --seeds=1 --num_aug=16 --steps=20 --generator_steps=30
+    uv run --group dev --extra classify tests/accuracy.py --work_dir=outputs/accuracy
+    uv run --group dev --extra classify tests/accuracy.py --work_dir=outputs/try --seeds=1 --num_aug=16 \
+        --classifier_steps=20 --generator_steps=30
 
-Draws augmented sets with the bundled demo, and with two generators that are trained here on 20 digits a class. Then it
-trains a small classifier for every row, column and seed, and measures how natural the seams are and how well the labels
-fit. A second run in the same --work_dir trains no generator and draws nothing.
+ckpts/digits/train.py and ckpts/finetune.py train the generators, augmentation.py draws their pictures, and
+ckpts/classify.py trains the classifiers of every column: all are run as a user runs them. Then it measures how natural
+the seams are and how well the labels fit. The same command continues after a stop, and two processes of it share the
+work (set OMP_NUM_THREADS=1 for each of them).
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
-import math
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import timm
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-from tqdm import tqdm
+from safetensors.torch import load_file, safe_open
 from transformers.utils import logging as transformers_logging
 
-from noisecutmix import AugmentedDataset, MixedDataset, NoiseCutMixGenerator, cli, script
-from noisecutmix.errors import RunError
-from noisecutmix.plan import Box, Item, Plan, create_plan, draw_mask, sample_box
+from noisecutmix import AugmentedDataset, NoiseCutMixGenerator, cli, script
+from noisecutmix.comparison import Score, summarize
+from noisecutmix.errors import InputError, RunError
+from noisecutmix.files import atomic_file, create_file
+from noisecutmix.plan import Box, Item, create_plan, draw_mask
 from noisecutmix.preview import AUG_COLOR, TARGET_COLOR
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = "cpu"
-NUM_CLASSES = 10
-SIDE = 16  # of the classifier's input
-BATCH_SIZE = 64
-LEARNING_RATE = 2e-3
-LARGEST_SHIFT = 2  # pixels of the classifier's input: one of the 8x8 digit
-AUGMENTED_SHARE = 0.5  # of the draws; fixed beforehand, as all the numbers here
-ALPHA = 1.0  # of MixUp's and CutMix's Beta distribution
-FEW, ALONE, ALL = "10 a class", "20 a class, generator too", "all"  # what a column's classifiers see of the real digits
-FEW_DIGITS, ALONE_DIGITS = 10, 20  # a class
-SUBSETS = 2  # of ALONE_DIGITS digits a class; each has a generator of its own
-BASELINE = "CutMix"
+SETS = {"noisecutmix": [], "stable_diffusion": ["--single_class"]}
+ROWS = ("none", "mixup", "cutmix", "stable_diffusion", "noisecutmix", "cutmix+noisecutmix", "mixup+noisecutmix")
+BASELINE = "cutmix"
+BATCH_SIZE = 32
+# every number was fixed before any test digit was used; README says how the model was chosen
+RECIPE = [
+    *("--model=test_resnet", "--no_pretrained", "--image_size=32", "--crop_scale=0.6", "--no_random_flip"),
+    *("--probability=0.5", "--learning_rate=0.1", f"--batch_size={BATCH_SIZE}", "--num_workers=0", "--device=cpu"),
+]
+SUBSETS = 2  # of 20 digits a class; each has a generator of its own
+HALVES = ("01234", "56789")  # a base model knows one half and is fine-tuned on the other
+FEW, SUBSET, ALL = "10 a class", "20 a class, generator too", "all"
+OTHERS = {count: f"{count} a class, generator knows other digits" for count in (10, 20)}
 MOST_SEAMS = 64
 BINS = 10
 
@@ -59,219 +64,194 @@ def load_script(path: Path) -> Any:
     return module
 
 
-# The pictures
+digits = load_script(ROOT / "ckpts" / "digits" / "train.py")
 
 
-def run_script(script_file: str, *arguments: str) -> None:
-    """Run a script of the repository. Raises RunError where it fails."""
-    status = subprocess.run([sys.executable, str(ROOT / script_file), *arguments], check=False).returncode
-    if status:
-        raise RunError(f"{script_file} failed, see above; another --work_dir starts again")
+# Generators, pictures and classifiers
 
 
-def draw_sets(work_dir: Path, num_aug: int, *model: str) -> tuple[dict[str, TensorDataset], Plan]:
-    """Draw a generator's two sets; return them decoded, with the plan of both.
-
-    `model`: --model and --ckpt_path, where it is not the bundled one.
-    """
-    flags = ["--data_name=digits", f"--num_aug={num_aug}", f"--device={DEVICE}", *model]
-    sets = {"noisecutmix": [], "stable_diffusion": ["--single_class"]}
-    for name, more in sets.items():
-        run_script("augmentation.py", *flags, *more, f"--output_dir={work_dir / name}")  # it continues an earlier run
-    plan = create_plan(cli.parse_augmentation(flags))
-    return {name: decode(AugmentedDataset(work_dir / name, to_input)) for name in sets}, plan
+def run_script(script_file: str, *arguments: str, **environment: str) -> None:
+    """Run a script of the repository. Raises RunError if it fails."""
+    print(f"{script_file} {' '.join(arguments)}", flush=True)
+    command = [sys.executable, str(ROOT / script_file), *arguments]
+    if subprocess.run(command, check=False, env={**os.environ, **environment}).returncode:
+        raise RunError(f"{script_file} failed, see above; the same command continues")
 
 
-def train_generator(work_dir: Path, subset: int, steps: int) -> tuple[str, str]:
-    """Train the whole demo on a subset of the digits alone; return the flags that draw with it."""
-    folder = work_dir / f"checkpoint_of_{steps}_steps"  # so that another number of steps trains another one
-    checkpoint = folder / "shot-1-lora-rank10"
-    if not (checkpoint / "preview.png").is_file():  # written last
-        run_script(
-            "ckpts/digits/train.py",
-            f"--digits_a_class={ALONE_DIGITS}",
-            f"--subset={subset}",
-            f"--steps={steps}",
-            f"--output_dir={folder}",
+def make_whole(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return a folder that exists only once `make` has filled it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            make(Path(temporary) / folder.name)
+            with contextlib.suppress(FileExistsError, PermissionError):  # another process was faster
+                (Path(temporary) / folder.name).rename(folder)
+    return folder
+
+
+@dataclass
+class Experiment:
+    """The folder of an experiment; `options` are the flags, but for the folder."""
+
+    work_dir: Path
+    options: argparse.Namespace
+
+    def __post_init__(self) -> None:
+        train_images, train_labels, test_images, test_labels = digits.load_split()
+        self.images, self.labels = digits.enlarge(train_images), train_labels
+        self.test_images, self.test_labels = digits.enlarge(test_images), test_labels
+        halves = {f"half_{half}": lambda half=half: self.teach_half(half) for half in range(len(HALVES))}
+        subsets = {f"subset_{number}": lambda number=number: self.learn_subset(number) for number in range(SUBSETS)}
+        self.parts: dict[str, Callable[[], None]] = {**halves, **subsets, "bundled": self.use_bundled}
+
+    @property
+    def comparisons(self) -> dict[str, list[Path]]:
+        """The output folders of classify.py whose seeds make up each column of the table."""
+        halves = range(len(HALVES))
+        return {
+            FEW: [self.work_dir / f"bundled/10_a_class_seed{seed}" for seed in range(self.options.seeds)],
+            **{
+                title: [self.work_dir / f"half_{half}/{count}_a_class/answer" for half in halves]
+                for count, title in OTHERS.items()
+            },
+            SUBSET: [self.work_dir / f"subset_{number}/answer" for number in range(SUBSETS)],
+            ALL: [self.work_dir / "bundled/all"],
+        }
+
+    def fill(self) -> None:
+        """Work on the parts until all are done, on those first that as few other processes as possible have begun."""
+        while missing := [part for part in self.parts if not (self.work_dir / part / "done").exists()]:
+            begun = [len(list((self.work_dir / part).glob(".done.*"))) for part in missing]
+            part = missing[begun.index(min(begun))]
+            (self.work_dir / part).mkdir(exist_ok=True)
+            with atomic_file(self.work_dir / part / "done"):  # its temporary name tells others that it is begun
+                self.parts[part]()
+
+    def teach_half(self, half: int) -> None:
+        """Train a base on five digits, fine-tune it on few of the others, and compare classifiers of those."""
+        folder, known, steps = self.work_dir / f"half_{half}", HALVES[half], self.options.generator_steps
+        make_whole(
+            folder / "base_model",
+            lambda made: run_script(
+                "ckpts/digits/train.py", f"--only_base_of={known}", f"--steps={steps}", f"--output_dir={made}"
+            ),
         )
-    return f"--model={folder / 'base'}", f"--ckpt_path={checkpoint}"
+        new = [label for label in range(len(digits.CLASS_NAMES)) if str(label) not in known]
+        for count in OTHERS:
+            place = folder / f"{count}_a_class"
+            chosen = digits.choose_digits(self.labels, count)
+            chosen = chosen[np.isin(self.labels[chosen], new)]
+            pictures, labels = self.images[chosen], self.labels[chosen]
+            self.write_digits(place / "pictures", pictures, labels)
+            self.write_digits(place / "shifted", *digits.shift_all(pictures, labels))
+            checkpoint = place / "checkpoint"
+            if not (checkpoint / "preview.png").exists():  # written last
+                run_script(
+                    "ckpts/finetune.py",
+                    *(f"--data_dir={place / 'shifted'}", "--meta_class=digit", f"--output_dir={checkpoint}"),
+                    *(f"--model={folder / 'base_model' / 'base'}", "--resolution=32", "--train_batch_size=32"),
+                    *(f"--max_train_steps={min(steps, 1000)}", "--learning_rate=5e-3", "--token_learning_rate=5e-3"),
+                    *("--lr_scheduler=cosine", "--no_random_flip", "--device=cpu"),
+                )
+            self.draw_sets(place, f"--data_name={checkpoint}")
+            self.classify(place, place / "pictures", self.test_of(new), place / "answer", 2 * self.options.seeds)
+
+    def learn_subset(self, number: int) -> None:
+        """Train a whole generator on few digits, and compare classifiers of the same ones."""
+        folder, steps = self.work_dir / f"subset_{number}", self.options.generator_steps
+        chosen = digits.choose_digits(self.labels, 20, number)
+        self.write_digits(folder / "pictures", self.images[chosen], self.labels[chosen])
+        subset = ("--digits_a_class=20", f"--subset={number}", f"--steps={steps}")
+        model = make_whole(
+            folder / "demo", lambda made: run_script("ckpts/digits/train.py", *subset, f"--output_dir={made}")
+        )
+        checkpoint = model / "shot-1-lora-rank10"
+        self.draw_sets(folder, "--data_name=digits", f"--model={model / 'base'}", f"--ckpt_path={checkpoint}")
+        self.classify(folder, folder / "pictures", self.test_of(range(10)), folder / "answer", self.options.seeds)
+
+    def use_bundled(self) -> None:
+        """Compare classifiers of few and of all digits, with pictures of the bundled generator."""
+        folder, seeds = self.work_dir / "bundled", self.options.seeds
+        self.write_digits(self.work_dir / "pictures", self.images, self.labels)
+        self.draw_sets(folder, "--data_name=digits")
+        test, (*few, everything) = self.test_of(range(10)), (*self.comparisons[FEW], *self.comparisons[ALL])
+        for seed, output_dir in enumerate(few):
+            more = ("--examples_per_class=10", f"--seed={seed}")
+            self.classify(folder, self.work_dir / "pictures", test, output_dir, 1, *more)
+        self.classify(folder, self.work_dir / "pictures", test, everything, seeds, "--save_weights")
+
+    def write_digits(self, folder: Path, pictures: np.ndarray, labels: np.ndarray) -> None:
+        make_whole(folder, lambda made: digits.write_pictures(made, pictures, labels))
+
+    def test_of(self, classes: Sequence[int]) -> Path:
+        """Return a folder with the test digits of these classes."""
+        folder, chosen = self.work_dir / f"test_{''.join(map(str, classes))}", np.isin(self.test_labels, classes)
+        self.write_digits(folder, self.test_images[chosen], self.test_labels[chosen])
+        return folder
+
+    def draw_sets(self, folder: Path, *model: str) -> None:
+        for name, more in SETS.items():
+            if not (folder / name / "soft_label.npy").exists():  # written last
+                flags = [*model, *more, f"--num_aug={self.options.num_aug}", "--device=cpu"]
+                run_script("augmentation.py", *flags, f"--output_dir={folder / name}")
+
+    def classify(
+        self, sets_dir: Path, train_dir: Path, test_dir: Path, output_dir: Path, seeds: int, *more: str
+    ) -> None:
+        if (output_dir / "results.json").exists():
+            return
+        num_pictures = len(list(train_dir.rglob("*.png")))
+        if "--examples_per_class=10" in more:
+            num_pictures = 10 * len(digits.CLASS_NAMES)
+        epochs = -(-self.options.classifier_steps * BATCH_SIZE // num_pictures)
+        run_script(
+            "ckpts/classify.py",
+            *(f"--train_dir={train_dir}", f"--test_dir={test_dir}", f"--output_dir={output_dir}", *RECIPE, *more),
+            *(f"--augmented={name}={sets_dir / name}" for name in SETS),
+            *("--rows", *ROWS, f"--baseline={BASELINE}", f"--seeds={seeds}", f"--epochs={epochs}"),
+            OMP_NUM_THREADS="1",  # so small a model is fastest so, and the figures do not depend on the number of cores
+        )
 
 
-def to_input(image: Image.Image) -> torch.Tensor:
-    """Return a picture as the classifier takes it: (1, 16, 16), 0 to 1."""
-    small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-    return torch.from_numpy(np.array(small)).float()[None] / 255
+def read_scores(folders: Sequence[Path]) -> dict[str, list[Score]]:
+    """Return the scores of each row over the seeds of all comparisons."""
+    tables = [json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"] for folder in folders]
+    return {
+        row: [Score(*pair) for rows in tables for pair in zip(rows[row]["top1"], rows[row]["per_class"])]
+        for row in ROWS
+    }
+
+
+# The pictures themselves
+
+
+class Judge:
+    """The first classifier of row none that saw all training digits, and no generated picture."""
+
+    def __init__(self, weights: Path):
+        about = {key: json.loads(text) for key, text in safe_open(weights, "pt").metadata().items()}
+        self._model = timm.create_model(**about["model"]).eval()
+        self._model.load_state_dict(load_file(weights))
+        self.transform = timm.data.create_transform(**about["transform"])
+        self._order = [about["class_names"].index(name) for name in digits.CLASS_NAMES]
+
+    @torch.no_grad()
+    def __call__(self, folder: Path) -> np.ndarray:
+        """Return the probabilities (items, 10), in the order of the digits, of an augmented set."""
+        pictures = torch.stack([picture for picture, _ in AugmentedDataset(folder, self.transform)])
+        return self._model(pictures).softmax(1)[:, self._order].numpy()
+
+
+def measure_named(judge: Judge, folder: Path) -> float:
+    """Return the percentage of single-class pictures whose class the judge names."""
+    names = json.loads((folder / "run.json").read_text(encoding="utf-8"))["options"]["class_names"]
+    wanted = [digits.CLASS_NAMES.index(names[label]) for label in AugmentedDataset(folder).soft_labels.argmax(1)]
+    return 100 * float((judge(folder).argmax(1) == wanted).mean())
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
     """Return a picture's brightness (height, width)."""
     return np.asarray(image.convert("L"), dtype=np.float32)
-
-
-def decode(data_set: AugmentedDataset) -> TensorDataset:
-    """Return the same items, decoded once."""
-    pictures, soft_labels = zip(*data_set)
-    return TensorDataset(torch.stack(pictures), torch.stack(soft_labels))
-
-
-# The classifier
-
-
-def mix_up(pictures: torch.Tensor, soft_labels: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-    """Blend every picture of a batch with another one (Zhang et al., mixup, ICLR 2018)."""
-    share = rng.beta(ALPHA, ALPHA)
-    order = torch.from_numpy(rng.permutation(len(pictures)))
-    return tuple(share * values + (1 - share) * values[order] for values in (pictures, soft_labels))
-
-
-def cut_mix(pictures: torch.Tensor, soft_labels: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-    """Paste a box of another picture into every one of a batch (Yun et al., CutMix, ICCV 2019)."""
-    height, width = pictures.shape[-2:]
-    mask = np.array(draw_mask(sample_box(height, width, ALPHA, rng), height, width)) > 0
-    order = torch.from_numpy(rng.permutation(len(pictures)))
-    share = mask.mean()
-    pasted = torch.where(torch.from_numpy(mask), pictures[order], pictures)
-    return pasted, share * soft_labels[order] + (1 - share) * soft_labels
-
-
-class Row(NamedTuple):
-    """A way to train: which set's pictures come in, and what mixes the batch."""
-
-    name: str
-    pictures: str | None = None
-    mix: Callable[[torch.Tensor, torch.Tensor, np.random.Generator], tuple[torch.Tensor, ...]] | None = None
-
-
-ROWS = (
-    Row("none"),
-    Row("MixUp", mix=mix_up),
-    Row("CutMix", mix=cut_mix),
-    Row("Stable Diffusion (one class, hard label)", "stable_diffusion"),
-    Row("NoiseCutMix", "noisecutmix"),
-    Row("CutMix + NoiseCutMix", "noisecutmix", cut_mix),
-    Row("MixUp + NoiseCutMix", "noisecutmix", mix_up),
-)
-
-
-def build_classifier() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * (SIDE // 4) ** 2, NUM_CLASSES),
-    )
-
-
-def shift(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Move each picture (B, 1, h, w) by up to two pixels a direction; black comes in."""
-    count, _, height, width = pictures.shape
-    padded = F.pad(pictures, (LARGEST_SHIFT,) * 4)
-    top, left = torch.from_numpy(rng.integers(2 * LARGEST_SHIFT + 1, size=(2, count, 1)))
-    rows, columns = top + torch.arange(height), left + torch.arange(width)  # (B, h), (B, w)
-    return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
-
-
-def train(real: TensorDataset, extra: Dataset | None, mix: Callable | None, seed: int, steps: int) -> nn.Module:
-    """Train a classifier; the seed decides weights, batches, shifts and mixing, whatever the row."""
-    share = 0.0 if extra is None else AUGMENTED_SHARE
-    mixed = MixedDataset(real, real if extra is None else extra, share, NUM_CLASSES, seed)
-    batch_rng, shift_rng, mix_rng = np.random.default_rng(seed).spawn(3)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_classifier()
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    batches = batch_rng.integers(len(real), size=(steps, BATCH_SIZE)).tolist()
-    for pictures, soft_labels in DataLoader(mixed, batch_sampler=batches, generator=torch.Generator()):
-        pictures = shift(pictures, shift_rng)
-        if mix is not None:
-            pictures, soft_labels = mix(pictures, soft_labels, mix_rng)
-        loss = F.cross_entropy(model(pictures), soft_labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-@torch.no_grad()
-def measure_accuracy(model: nn.Module, test: TensorDataset) -> float:
-    """Return the share of pictures named right, in percent; a soft label's class is its largest."""
-    pictures, labels = test.tensors
-    classes = labels.argmax(1) if labels.ndim == 2 else labels
-    return 100 * float((model(pictures).argmax(1) == classes).float().mean())
-
-
-class Trial(NamedTuple):
-    """What the classifiers of one column and seed are trained on."""
-
-    seed: int
-    real: TensorDataset
-    sets: dict[str, TensorDataset]
-
-
-def choose_random(labels: np.ndarray, digits_a_class: int, seed: int) -> np.ndarray:
-    """Return the indices of so many random digits of each class."""
-    rng = np.random.default_rng(seed)
-    return np.concatenate(
-        [rng.permutation(np.flatnonzero(labels == label))[:digits_a_class] for label in range(NUM_CLASSES)]
-    )
-
-
-def plan_trials(
-    real: TensorDataset, sets: dict[str, TensorDataset], alone: Sequence[Trial], seeds: int
-) -> dict[str, list[Trial]]:
-    """Return the trials of each column; `alone` has one for each subset."""
-    labels = real.tensors[1].numpy()
-    few = [TensorDataset(*real[choose_random(labels, FEW_DIGITS, seed)]) for seed in range(seeds)]
-    return {
-        FEW: [Trial(seed, subset, sets) for seed, subset in enumerate(few)],
-        ALONE: [trial._replace(seed=seed) for trial in alone for seed in range(seeds)],
-        ALL: [Trial(seed, real, sets) for seed in range(seeds)],
-    }
-
-
-def measure_accuracies(
-    trials: dict[str, list[Trial]], test: TensorDataset, steps: int
-) -> dict[str, dict[str, list[float]]]:
-    """Return the test accuracy of every trial, by row, by column."""
-    accuracies = {column: {row.name: [] for row in ROWS} for column in trials}
-    with tqdm(total=sum(map(len, trials.values())) * len(ROWS), unit="classifier") as bar:
-        for column, column_trials in trials.items():
-            for trial in column_trials:
-                for row in ROWS:
-                    model = train(trial.real, trial.sets.get(row.pictures), row.mix, trial.seed, steps)
-                    accuracies[column][row.name].append(measure_accuracy(model, test))
-                    bar.update()
-    return accuracies
-
-
-def summarize(accuracies: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Return mean, standard deviation and paired difference to CutMix of every row."""
-    summary = {}
-    for name, values in accuracies.items():
-        differences = np.subtract(values, accuracies[BASELINE])
-        difference, error = float(differences.mean()), deviation(differences) / math.sqrt(len(differences))
-        summary[name] = {
-            "accuracies": values,
-            "mean": float(np.mean(values)),
-            "standard_deviation": deviation(values),
-            "difference_to_cutmix": difference,
-            "standard_error": error,
-            "exceeds_standard_error": len(values) > 1 and abs(difference) > error,
-        }
-    return summary
-
-
-def deviation(values: Sequence[float] | np.ndarray) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-# The pictures themselves
 
 
 def measure_seams(pictures: Sequence[np.ndarray], boxes: Sequence[Box]) -> float:
@@ -287,20 +267,20 @@ def measure_seams(pictures: Sequence[np.ndarray], boxes: Sequence[Box]) -> float
     return float(np.concatenate(across).mean() / np.concatenate(ordinary).mean())
 
 
-def compare_seams(work_dir: Path, plan: Plan, num_items: int, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def compare_seams(experiment: Experiment) -> dict[str, Any]:
     """Measure the seams of NoiseCutMix, of the same items' single pictures pasted, and of real digits there."""
-    read = {name: AugmentedDataset(work_dir / name, to_pixels) for name in ("noisecutmix", "stable_diffusion")}
-    items = [item for item in plan.items(num_items) if 0 < item.ratio < 1]
-    generator = NoiseCutMixGenerator(DEVICE, "digits", plan=replace(plan, single_class=True))
+    read = {name: AugmentedDataset(experiment.work_dir / "bundled" / name, to_pixels) for name in SETS}
+    plan = create_plan(cli.parse_augmentation(["--data_name=digits"]))
+    items = [item for item in plan.items(min(MOST_SEAMS, experiment.options.num_aug)) if 0 < item.ratio < 1]
+    generator = NoiseCutMixGenerator("cpu", "digits", plan=replace(plan, single_class=True))
     augs = generator.draw([replace(item, target=item.aug, aug=item.target) for item in items])
-    boxes = [item.box for item in items]
-    rng = np.random.default_rng(0)
+    boxes, rng = [item.box for item in items], np.random.default_rng(0)
     mixed, pasted, real = [], [], []
     for item, aug_picture in zip(items, augs):
         mixed.append(read["noisecutmix"][item.index][0])
         target, aug = read["stable_diffusion"][item.index][0], to_pixels(aug_picture)
         pasted.append(np.where(np.array(draw_mask(item.box, *target.shape)) > 0, target, aug))
-        real.append(images[rng.choice(np.flatnonzero(labels == item.target))].astype(np.float32))
+        real.append(np.float32(experiment.images[rng.choice(np.flatnonzero(experiment.labels == item.target))]))
     return {
         "items": len(items),
         "NoiseCutMix": measure_seams(mixed, boxes),
@@ -309,21 +289,19 @@ def compare_seams(work_dir: Path, plan: Plan, num_items: int, images: np.ndarray
     }
 
 
-@torch.no_grad()
-def measure_label_fit(model: nn.Module, pictures: torch.Tensor, items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Return the classifier's mean probability of target and aug class in ten bins of the target's share."""
-    probabilities = model(pictures).softmax(1).numpy()
+def measure_label_fit(judge: Judge, folder: Path, items: Sequence[Item]) -> list[dict[str, Any]]:
+    """Return the judge's mean probability of target and aug class in ten bins of the target's share."""
+    probabilities = judge(folder)
     bins = [[item for item in items if min(int(item.ratio * BINS), BINS - 1) == number] for number in range(BINS)]
     return [
         {
-            "ratio_from": number / BINS,
-            "ratio_to": (number + 1) / BINS,
             "items": len(content),
-            "mean_ratio": float(np.mean([item.ratio for item in content])) if content else None,
-            "target": float(np.mean([probabilities[item.index, item.target] for item in content])) if content else None,
-            "aug": float(np.mean([probabilities[item.index, item.aug] for item in content])) if content else None,
+            "mean_ratio": float(np.mean([item.ratio for item in content])),
+            "target": float(np.mean([probabilities[item.index, item.target] for item in content])),
+            "aug": float(np.mean([probabilities[item.index, item.aug] for item in content])),
         }
-        for number, content in enumerate(bins)
+        for content in bins
+        if content
     ]
 
 
@@ -333,12 +311,11 @@ def draw_label_fit(bins: Sequence[dict[str, Any]], file: Path) -> None:
     axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1), xlabel="ratio r: the target class's share of the soft label")
     axes.set_ylabel("mean probability (thin: the soft label)")
     axes.grid(alpha=0.3)
-    filled = [entry for entry in bins if entry["items"]]
-    ratios = [entry["mean_ratio"] for entry in filled]
+    ratios = [entry["mean_ratio"] for entry in bins]
     for name, color, fit in (("target", TARGET_COLOR, (0, 1)), ("aug", AUG_COLOR, (1, 0))):
         color = [channel / 255 for channel in color]
         axes.plot((0, 1), fit, color=color, linewidth=1)
-        axes.plot(ratios, [entry[name] for entry in filled], "o-", color=color, linewidth=3, label=f"{name} class")
+        axes.plot(ratios, [entry[name] for entry in bins], "o-", color=color, linewidth=3, label=f"{name} class")
     axes.legend()
     figure.savefig(file, metadata={"Software": None})
 
@@ -347,142 +324,91 @@ def draw_label_fit(bins: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def format_table(summaries: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Return the table in Markdown."""
-    cells = [["training"] + [title for column in summaries for title in (column, f"{column}, to {BASELINE}")]]
+    """Return the table in Markdown; *: the difference is larger than two standard errors."""
+    lines = [["training", *(title for column in summaries for title in (column, f"to {BASELINE}"))]]
     for row in ROWS:
-        cells.append([row.name])
+        cells = [row]
         for summary in summaries.values():
-            entry = summary[row.name]
-            star = " *" if entry["exceeds_standard_error"] else ""
-            difference = f"{entry['difference_to_cutmix']:+.2f} ± {entry['standard_error']:.2f}{star}"
-            cells[-1] += [
-                f"{entry['mean']:.1f} ± {entry['standard_deviation']:.1f}",
-                "" if row.name == BASELINE else difference,
-            ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+            entry, best = summary[row], max(entry["top1_mean"] for entry in summary.values())
+            mean = f"{entry['top1_mean']:.1f} ± {entry['top1_standard_deviation'] or 0:.1f}"
+            star = " *" if entry["verdict"] in ("better", "worse") else ""
+            difference = f"{entry['difference']:+.2f} ± {entry['standard_error'] or 0:.2f}{star}".replace("-", "−")
+            cells += [f"**{mean}**" if entry["top1_mean"] == best else mean, "" if row == BASELINE else difference]
+        lines.append(cells)
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def describe_exposure(num_real: int, num_test: int) -> str:
-    """Say who saw what."""
-    few, alone = NUM_CLASSES * FEW_DIGITS, NUM_CLASSES * ALONE_DIGITS
-    return (
-        f"Who saw what: the bundled generator was trained on all {num_real:,} training digits. At {FEW} the classifier "
-        f"sees {few} of them, so in the rows with generated pictures the other {num_real - few:,} reach it by way of "
-        f"the generator; the other rows have nothing of them. At {ALONE}, generator and classifier see the same "
-        f"{alone} digits and nothing else ({SUBSETS} subsets, a generator each). With all digits both saw the same. "
-        f"The {num_test} test digits were seen by no one, and nothing was tuned on them."
-    )
+def measure(experiment: Experiment) -> dict[str, Any]:
+    """Return all results, as JSON values."""
+    work_dir, comparisons = experiment.work_dir, experiment.comparisons
+    judge = Judge(comparisons[ALL][0] / "weights" / "none.safetensors")
+    plan = create_plan(cli.parse_augmentation(["--data_name=digits"]))
+    items = list(plan.items(experiment.options.num_aug))
+    return {
+        "accuracy": {column: summarize(read_scores(folders), BASELINE) for column, folders in comparisons.items()},
+        "by_generator": {
+            str(folder.parent.relative_to(work_dir)): {
+                "single_class_named": measure_named(judge, folder.parent / "stable_diffusion"),
+                "noisecutmix": {
+                    key: value
+                    for key, value in summarize(read_scores([folder]), BASELINE)["noisecutmix"].items()
+                    if key in ("difference", "standard_error", "verdict")
+                },
+            }
+            for folders in comparisons.values()
+            for folder in folders[-1 if len(folders) > SUBSETS else 0 :]
+        },
+        "seams": compare_seams(experiment),
+        "label_fit": measure_label_fit(judge, work_dir / "bundled" / "noisecutmix", items),
+    }
 
 
 def report(results: dict[str, Any]) -> None:
-    seeds, steps = results["seeds"], results["steps"]
-    print(
-        f"\nTest accuracy in percent: mean ± standard deviation over {seeds} seeds ({SUBSETS} times as many "
-        f"at {ALONE}), {steps} steps of {BATCH_SIZE} each."
-    )
-    print(f"To {BASELINE}: mean paired difference ± its standard error; *: the difference is larger than that.\n")
+    print("\nTest accuracy in percent (mean ± standard deviation), and paired difference ± its standard error:\n")
     print(format_table(results["accuracy"]))
-    print(f"\n{results['who_saw_what']}")
-    for number, subset in enumerate(results["subsets"]):
+    print("\nBy generator: single-class pictures named right by a classifier of all training digits, and NoiseCutMix")
+    for name, entry in results["by_generator"].items():
+        row = entry["noisecutmix"]
         print(
-            f"Subset {number}: a classifier of its {NUM_CLASSES * ALONE_DIGITS} digits names the class of "
-            f"{subset['single_class_named']:.1f} % of its generator's pictures under an all-white mask, and of "
-            f"{subset['test_named']:.1f} % of the test digits."
+            f"  {name:<20} {entry['single_class_named']:.1f} %   "
+            f"to {BASELINE} {row['difference']:+.2f} ± {row['standard_error'] or 0:.2f}"
         )
-    seams = dict(results["seams"])
-    print(f"\nSeams: jump across the mask's border over an ordinary pixel step, {seams.pop('items')} pictures each")
-    for name, value in seams.items():
-        print(f"  {name:<12} {value:.2f}")
-    print(
-        "\nLabel fit: mean probability by a classifier that saw all real training digits and no generated picture "
-        f"({results['label_fit_classifier_accuracy']:.1f} % right on the test digits)"
-    )
-    print("  ratio r    pictures  target  aug")
+    print("\nSeams: mean step across the mask's border over the mean step elsewhere")
+    for name, value in results["seams"].items():
+        print(f"  {name:<12} {value:.2f}" if name != "items" else f"  {value} pictures")
+    print("\nLabel fit: mean probability by the same classifier\n  ratio r  pictures  target  aug")
     for entry in results["label_fit"]:
-        ratios = f"{entry['ratio_from']:.1f} to {entry['ratio_to']:.1f}"
-        shares = f"{entry['target']:>6.2f}  {entry['aug']:.2f}" if entry["items"] else f"{'-':>6}  -"
-        print(f"  {ratios}  {entry['items']:>8}  {shares}")
+        print(f"  {entry['mean_ratio']:.2f}  {entry['items']:>12}  {entry['target']:>6.2f}  {entry['aug']:.2f}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seeds", type=cli.positive_int, default=10, metavar="N", help="classifiers a row and column")
-    parser.add_argument("--steps", type=cli.positive_int, default=500, metavar="N", help="training steps of each")
-    parser.add_argument("--num_aug", type=cli.positive_int, default=1000, metavar="N", help="pictures a generated set")
-    parser.add_argument(
-        "--generator_steps", type=cli.positive_int, default=3000, metavar="N", help="UNet steps of a generator"
-    )
-    parser.add_argument(
-        "--work_dir", type=Path, default=Path("outputs/accuracy"), metavar="DIR", help="generated sets, label_fit.png"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all results (default: WORK_DIR/accuracy.json)")
+    add, count = parser.add_argument, cli.positive_int
+    add("--work_dir", type=Path, default=Path("outputs/accuracy"), metavar="DIR", help="folder to write into")
+    add("--seeds", type=count, default=10, metavar="N", help="classifiers a row and generator; twice in the halves")
+    add("--classifier_steps", type=count, default=150, metavar="N", help="least number of training steps of each")
+    add("--num_aug", type=count, default=500, metavar="N", help="pictures a generated set")
+    add("--generator_steps", type=count, default=2000, metavar="N", help="UNet steps of a base model")
     return parser.parse_args()
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    work_dir, num_aug = arguments.work_dir, arguments.num_aug
+    options = parse_arguments()
     transformers_logging.set_verbosity_error()
-    digits = load_script(ROOT / "ckpts" / "digits" / "train.py")
-    train_images, train_labels, test_images, test_labels = digits.load_split()
-    train_images, test_images = digits.enlarge(train_images), digits.enlarge(test_images)
-    real, test = (
-        TensorDataset(torch.stack([to_input(Image.fromarray(image)) for image in images]), torch.from_numpy(labels))
-        for images, labels in ((train_images, train_labels), (test_images, test_labels))
-    )
-
-    # Draw with the bundled generator
-    print("Pictures of the bundled generator", flush=True)
-    sets, plan = draw_sets(work_dir, num_aug)
-    num_seams = min(MOST_SEAMS, num_aug)
-
-    # Train generators on few digits, and draw with them
-    alone = []
-    for subset in range(SUBSETS):
-        print(f"Generator of {ALONE_DIGITS} digits a class, subset {subset}", flush=True)
-        folder = work_dir / f"subset_{subset}"
-        model = train_generator(folder, subset, arguments.generator_steps)
-        chosen = digits.choose_digits(train_labels, ALONE_DIGITS, subset)
-        alone.append(Trial(arguments.seeds, TensorDataset(*real[chosen]), draw_sets(folder, num_aug, *model)[0]))
-
-    # Train classifiers and measure
-    print("Classifiers")
-    torch.set_num_threads(1)  # so small a model is fastest so, and the figures do not depend on the number of cores
-    accuracies = measure_accuracies(plan_trials(real, sets, alone, arguments.seeds), test, arguments.steps)
-    judge, *subset_judges = (
-        train(trial.real, None, None, trial.seed, arguments.steps)
-        for trial in [Trial(arguments.seeds, real, sets), *alone]
-    )
-    items = list(plan.items(num_aug))
-    results = {
-        "seeds": arguments.seeds,
-        "steps": arguments.steps,
-        "num_aug": num_aug,
-        "augmented_share": AUGMENTED_SHARE,
-        "who_saw_what": describe_exposure(len(real), len(test)),
-        "accuracy": {column: summarize(values) for column, values in accuracies.items()},
-        "subsets": [
-            {
-                "single_class_named": measure_accuracy(subset_judge, trial.sets["stable_diffusion"]),
-                "test_named": measure_accuracy(subset_judge, test),
-            }
-            for subset_judge, trial in zip(subset_judges, alone)
-        ],
-        "seams": compare_seams(work_dir, plan, num_seams, train_images, train_labels),
-        "label_fit_classifier_accuracy": measure_accuracy(judge, test),
-        "label_fit": measure_label_fit(judge, sets["noisecutmix"].tensors[0], items),
-    }
-
-    # Report
+    work_dir = Path(vars(options).pop("work_dir"))
+    work_dir.mkdir(parents=True, exist_ok=True)
+    create_file(work_dir / "options.json", json.dumps(vars(options)).encode())
+    if json.loads((work_dir / "options.json").read_text()) != vars(options):
+        raise InputError(f"--work_dir: {work_dir} holds an experiment with other flags; choose another folder")
+    experiment = Experiment(work_dir, options)
+    experiment.fill()
+    results = measure(experiment)
     draw_label_fit(results["label_fit"], work_dir / "label_fit.png")
     report(results)
-    print(f"\nwrote {work_dir / 'label_fit.png'}")
-    results_file = arguments.json or work_dir / "accuracy.json"
-    results_file.parent.mkdir(parents=True, exist_ok=True)
-    results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"wrote {results_file}")
+    with atomic_file(work_dir / "accuracy.json") as file:
+        file.write((json.dumps(results, indent=2) + "\n").encode())
+    print(f"\nwrote {work_dir / 'accuracy.json'} and {work_dir / 'label_fit.png'}")
 
 
 if __name__ == "__main__":

@@ -221,7 +221,8 @@ def test_messages_during_a_run_name_parameters(monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="the test hides the compiler with PATH")
 def test_compile_without_a_compiler_says_what_to_install(tmp_path):
     code = """
-from noisecutmix import NoiseCutMixGenerator, RunError
+from noisecutmix import NoiseCutMixGenerator
+from noisecutmix.errors import RunError
 generator = NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=1)
 try:
     generator.compile()
