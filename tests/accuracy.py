@@ -48,7 +48,7 @@ RECIPE = [
     *("--model=test_resnet", "--no_pretrained", "--image_size=32", "--crop_scale=0.6", "--no_random_flip"),
     *("--probability=0.5", "--learning_rate=0.1", f"--batch_size={BATCH_SIZE}", "--num_workers=0", "--device=cpu"),
 ]
-SUBSETS = 2  # of 20 digits a class; each has a generator of its own
+BUNDLED, TRAINED = "bundled", ["half_0", "half_1", "subset_0", "subset_1"]
 HALVES = ("01234", "56789")  # a base model knows one half and is fine-tuned on the other
 FEW, SUBSET, ALL = "10 a class", "20 a class, generator too", "all"
 OTHERS = {count: f"{count} a class, generator knows other digits" for count in (10, 20)}
@@ -84,7 +84,7 @@ def make_whole(folder: Path, make: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             make(Path(temporary) / folder.name)
-            with contextlib.suppress(FileExistsError, PermissionError):  # another process was faster
+            with contextlib.suppress(OSError):  # another process was faster
                 (Path(temporary) / folder.name).rename(folder)
     return folder
 
@@ -100,32 +100,37 @@ class Experiment:
         train_images, train_labels, test_images, test_labels = digits.load_split()
         self.images, self.labels = digits.enlarge(train_images), train_labels
         self.test_images, self.test_labels = digits.enlarge(test_images), test_labels
-        halves = {f"half_{half}": lambda half=half: self.teach_half(half) for half in range(len(HALVES))}
-        subsets = {f"subset_{number}": lambda number=number: self.learn_subset(number) for number in range(SUBSETS)}
-        self.parts: dict[str, Callable[[], None]] = {**halves, **subsets, "bundled": self.use_bundled}
+        self.folders = dict.fromkeys(self.work_dir / part for part in (*self.options.parts, BUNDLED)).keys()
 
     @property
     def comparisons(self) -> dict[str, list[Path]]:
         """The output folders of classify.py whose seeds make up each column of the table."""
         halves = range(len(HALVES))
-        return {
+        columns = {
             FEW: [self.work_dir / f"bundled/10_a_class_seed{seed}" for seed in range(self.options.seeds)],
             **{
                 title: [self.work_dir / f"half_{half}/{count}_a_class/answer" for half in halves]
                 for count, title in OTHERS.items()
             },
-            SUBSET: [self.work_dir / f"subset_{number}/answer" for number in range(SUBSETS)],
+            SUBSET: [self.work_dir / f"subset_{number}/answer" for number in range(2)],
             ALL: [self.work_dir / "bundled/all"],
         }
+        chosen = {
+            title: [folder for folder in folders if not self.folders.isdisjoint(folder.parents)]
+            for title, folders in columns.items()
+        }
+        return {title: folders for title, folders in chosen.items() if folders}
 
     def fill(self) -> None:
         """Work on the parts until all are done, on those first that as few other processes as possible have begun."""
-        while missing := [part for part in self.parts if not (self.work_dir / part / "done").exists()]:
-            begun = [len(list((self.work_dir / part).glob(".done.*"))) for part in missing]
-            part = missing[begun.index(min(begun))]
-            (self.work_dir / part).mkdir(exist_ok=True)
-            with atomic_file(self.work_dir / part / "done"):  # its temporary name tells others that it is begun
-                self.parts[part]()
+        while missing := [folder for folder in self.folders if not (folder / "done").exists()]:
+            folder = min(missing, key=lambda folder: len(list(folder.glob(".done.*"))))
+            folder.mkdir(exist_ok=True)
+            with atomic_file(folder / "done"):  # its temporary name tells others that the part is begun
+                kind, _, number = folder.name.partition("_")
+                {"half": self.teach_half, "subset": self.learn_subset, BUNDLED: self.use_bundled}[kind](
+                    int(number or 0)
+                )
 
     def teach_half(self, half: int) -> None:
         """Train a base on five digits, fine-tune it on few of the others, and compare classifiers of those."""
@@ -169,7 +174,7 @@ class Experiment:
         self.draw_sets(folder, "--data_name=digits", f"--model={model / 'base'}", f"--ckpt_path={checkpoint}")
         self.classify(folder, folder / "pictures", self.test_of(range(10)), folder / "answer", self.options.seeds)
 
-    def use_bundled(self) -> None:
+    def use_bundled(self, _: int) -> None:
         """Compare classifiers of few and of all digits, with pictures of the bundled generator."""
         folder, seeds = self.work_dir / "bundled", self.options.seeds
         self.write_digits(self.work_dir / "pictures", self.images, self.labels)
@@ -347,17 +352,15 @@ def measure(experiment: Experiment) -> dict[str, Any]:
     items = list(plan.items(experiment.options.num_aug))
     return {
         "accuracy": {column: summarize(read_scores(folders), BASELINE) for column, folders in comparisons.items()},
-        "by_generator": {
-            str(folder.parent.relative_to(work_dir)): {
-                "single_class_named": measure_named(judge, folder.parent / "stable_diffusion"),
-                "noisecutmix": {
-                    key: value
-                    for key, value in summarize(read_scores([folder]), BASELINE)["noisecutmix"].items()
-                    if key in ("difference", "standard_error", "verdict")
-                },
-            }
-            for folders in comparisons.values()
-            for folder in folders[-1 if len(folders) > SUBSETS else 0 :]
+        "single_class_named": {
+            str(folder.relative_to(work_dir)): measure_named(judge, folder / "stable_diffusion")
+            for folder in dict.fromkeys(answer.parent for answers in comparisons.values() for answer in answers)
+        },
+        "noisecutmix_by_generator": {
+            str(folder.parent.relative_to(work_dir)): summarize(read_scores([folder]), BASELINE)["noisecutmix"]
+            for column, folders in comparisons.items()
+            for folder in folders
+            if column not in (FEW, ALL)
         },
         "seams": compare_seams(experiment),
         "label_fit": measure_label_fit(judge, work_dir / "bundled" / "noisecutmix", items),
@@ -367,13 +370,12 @@ def measure(experiment: Experiment) -> dict[str, Any]:
 def report(results: dict[str, Any]) -> None:
     print("\nTest accuracy in percent (mean ± standard deviation), and paired difference ± its standard error:\n")
     print(format_table(results["accuracy"]))
-    print("\nBy generator: single-class pictures named right by a classifier of all training digits, and NoiseCutMix")
-    for name, entry in results["by_generator"].items():
-        row = entry["noisecutmix"]
-        print(
-            f"  {name:<20} {entry['single_class_named']:.1f} %   "
-            f"to {BASELINE} {row['difference']:+.2f} ± {row['standard_error'] or 0:.2f}"
-        )
+    print("\nPictures of a single class whose class is named by a classifier of all training digits")
+    for name, percentage in results["single_class_named"].items():
+        print(f"  {name:<20} {percentage:.1f} %")
+    print(f"\nnoisecutmix to {BASELINE}, by generator")
+    for name, entry in results["noisecutmix_by_generator"].items():
+        print(f"  {name:<20} {entry['difference']:+.2f} ± {entry['standard_error'] or 0:.2f}")
     print("\nSeams: mean step across the mask's border over the mean step elsewhere")
     for name, value in results["seams"].items():
         print(f"  {name:<12} {value:.2f}" if name != "items" else f"  {value} pictures")
@@ -386,6 +388,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, count = parser.add_argument, cli.positive_int
     add("--work_dir", type=Path, default=Path("outputs/accuracy"), metavar="DIR", help="folder to write into")
+    parts = "trained generators whose columns are measured, beside the bundled one"
+    add("--parts", nargs="*", choices=TRAINED, default=TRAINED, metavar="PART", help=parts)
     add("--seeds", type=count, default=10, metavar="N", help="classifiers a row and generator; twice in the halves")
     add("--classifier_steps", type=count, default=150, metavar="N", help="least number of training steps of each")
     add("--num_aug", type=count, default=500, metavar="N", help="pictures a generated set")
@@ -398,8 +402,8 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     work_dir = Path(vars(options).pop("work_dir"))
     work_dir.mkdir(parents=True, exist_ok=True)
-    create_file(work_dir / "options.json", json.dumps(vars(options)).encode())
-    if json.loads((work_dir / "options.json").read_text()) != vars(options):
+    recorded = json.dumps({name: value for name, value in vars(options).items() if name != "parts"}).encode()
+    if not create_file(work_dir / "options.json", recorded) and (work_dir / "options.json").read_bytes() != recorded:
         raise InputError(f"--work_dir: {work_dir} holds an experiment with other flags; choose another folder")
     experiment = Experiment(work_dir, options)
     experiment.fill()

@@ -33,6 +33,18 @@ def generator():
     return NoiseCutMixGenerator(device="cpu", data_name="digits")
 
 
+def test_mirrored_digits_are_written_once(tmp_path, run_script):
+    """A second run into the same folder would mix two choices of digits."""
+    arguments = ("ckpts/digits/train.py", "--write_pictures=mirrored")
+    assert run_script(*arguments, "--digits_a_class=2").returncode == 0
+    files = sorted((tmp_path / "mirrored").rglob("*.png"))
+    assert len(files) == 1797 and sum("train" in file.parts for file in files) == 20
+    second = run_script(*arguments, "--digits_a_class=3")
+    assert second.returncode == 2
+    assert second.stderr == "train.py: error: --write_pictures: mirrored is not an empty folder; choose another\n"
+    assert sorted((tmp_path / "mirrored").rglob("*.png")) == files
+
+
 def items_in(box, ratio):
     """Return items of all target classes; the aug class is the target plus three, and each item has its own noise."""
     return [Item(i, i % 10, (i + 3) % 10, box, ratio, 1000 + i, 32) for i in range(COUNT)]

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -369,6 +370,17 @@ def test_long_class_names_raise_no_warning(tiny_model, tmp_path, capfd):
     write_photos(tmp_path / "photos", ["a" * 90, "b" * 90], count=1)
     create_trainer(tiny_model, tmp_path / "photos")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("minutes", "duration"), [(30, "30 minutes"), (27 * 60, "27 hours")])
+def test_the_time_that_remains_is_one_number(tmp_path, flags, monkeypatch, capsys, minutes, duration):
+    module = load_module(ROOT / SCRIPT)
+    monkeypatch.setattr(module, "MEASURED_STEPS", STEPS // 2)  # as many are left as have passed
+    clock = iter([0, 60 * minutes])
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with as_command_line(SCRIPT, *flags, "--output_dir=out", folder=tmp_path):
+        module.main()
+    assert f"steps remain, about {duration}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["lora", "rows"])

@@ -5,7 +5,7 @@
 
     uv run --group dev ckpts/digits/train.py --output_dir=outputs/few --digits_a_class=20    # from only 200 digits
     uv run --group dev ckpts/digits/train.py --output_dir=outputs/half --only_base_of 01234   # knows five classes
-    uv run --group dev ckpts/digits/train.py --write_pictures=outputs/mirrored    # mirrored digits for fine-tuning
+    uv run --group dev ckpts/digits/train.py --write_pictures=outputs/mirrored --digits_a_class=20   # for fine-tuning
 
 The three stages train the autoencoder, then the UNet and its text encoder, then, by ckpts/finetune.py, the rank-10 LoRA
 and one token per class. Everything is seeded: the same versions on the same machine train the same weights.
@@ -266,26 +266,31 @@ def main():
     parser.add_argument("--digits_a_class", type=int, metavar="N", help="train on N digits per class, also shifted")
     parser.add_argument("--subset", type=int, default=0, metavar="K", help="number of the subset of these digits")
     parser.add_argument("--only_base_of", metavar="DIGITS", help="train a base model on these digits, also shifted")
-    parser.add_argument("--write_pictures", type=Path, metavar="DIR", help="write mirrored digits there and exit")
+    parser.add_argument(
+        "--write_pictures", type=Path, metavar="DIR", help="only write mirrored digits: train/ and test/"
+    )
     args = parser.parse_args()
     folder = args.write_pictures
     if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         parser.exit(2, f"train.py: error: --write_pictures: {folder} is not an empty folder; choose another\n")
 
-    images, labels, _, _ = load_split()
+    images, labels, test_images, test_labels = load_split()
     if args.digits_a_class:
         try:
             chosen = choose_digits(labels, args.digits_a_class, args.subset)
         except ValueError as error:
             parser.error(f"--digits_a_class: {error}")
+        test_images = np.concatenate([test_images, np.delete(images, chosen, axis=0)])
+        test_labels = np.concatenate([test_labels, np.delete(labels, chosen)])
         images, labels = images[chosen], labels[chosen]
     if args.only_base_of:
         chosen = np.isin(labels, [int(digit) for digit in args.only_base_of])
         images, labels = images[chosen], labels[chosen]
     pictures = enlarge(images)
     if args.write_pictures:
-        write_pictures(args.write_pictures, pictures[:, :, ::-1], labels)
-        print(f"wrote {args.write_pictures}")
+        write_pictures(folder / "train", pictures[:, :, ::-1], labels)
+        write_pictures(folder / "test", enlarge(test_images)[:, :, ::-1], test_labels)
+        print(f"wrote {folder}")
         return
     if args.digits_a_class or args.only_base_of:
         pictures, labels = shift_all(pictures, labels)
