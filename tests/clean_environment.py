@@ -13,9 +13,10 @@ for name in (
     "TORCH_COMPILE_DISABLE", "TQDM_DISABLE",
 ):  # fmt: skip
     os.environ.pop(name, None)
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker of "pytest -n 2" inherits the rest
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes with several threads each slow each other down
-elif "cuda" not in sys.argv:  # "pytest -m cuda" uses a real GPU
+# the last bits of a number depend on the threads; and processes with several threads each slow each other down
+os.environ["OMP_NUM_THREADS"] = "1"
+# a worker of "pytest -n 2" inherits it; "pytest -m cuda" uses a real GPU
+if "PYTEST_XDIST_WORKER" not in os.environ and "cuda" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin for long would slow down the other processes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell; the scripts would inherit it

@@ -105,17 +105,8 @@ def difference(folder, other):
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The order of additions, and so the last bits of the weights, depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, flags, one_thread):
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, flags):
     """A checkpoint of twelve steps, trained without an interruption."""
     folder = tmp_path_factory.mktemp("trained")
     finetune(folder, *flags)
@@ -958,7 +949,7 @@ def test_the_budget_is_that_of_diff_mix_and_is_printed(photos, tmp_path, capsys)
 
 def start_finetuning(start, *arguments, launcher=(), **environment):
     script, *arguments = command(SCRIPT, *arguments, "--output_dir=out")[1:]
-    return start([sys.executable, *launcher, script, *arguments], OMP_NUM_THREADS="1", **environment)
+    return start([sys.executable, *launcher, script, *arguments], **environment)
 
 
 TWO_PROCESSES = (

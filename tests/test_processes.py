@@ -282,7 +282,6 @@ def test_two_processes_of_accelerate_draw_what_one_draws(whole, start, tmp_path,
     flags = [*tiny_arguments, "--num_aug=20", "--output_dir=out"]
     process = start(
         [*launcher, str(ROOT / "augmentation.py"), *flags],
-        OMP_NUM_THREADS="1",
         HF_HOME=str(tmp_path / "no_configuration_of_the_user"),
     )
     output, errors = process.communicate(timeout=LONGEST_WAIT)
@@ -297,7 +296,7 @@ def test_one_process_continues_after_one_of_two_was_killed(start, tmp_path, tiny
     (tmp_path / "whole").mkdir()
     run_to_the_end(tmp_path / "whole", flags, 300)
     arguments = command("augmentation.py", *flags, "--num_aug=300", "--output_dir=out")
-    two = [start(arguments, RANK=str(rank), WORLD_SIZE="2", OMP_NUM_THREADS="1") for rank in range(2)]
+    two = [start(arguments, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     wait_for_images(tmp_path / "out", 30, two[0])
     two[1].kill()
     end(two[0])
