@@ -329,18 +329,18 @@ def draw_label_fit(bins: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def format_table(summaries: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Return the table in Markdown; *: the difference is larger than two standard errors."""
-    lines = [["training", *(title for column in summaries for title in (column, f"to {BASELINE}"))]]
-    for row in ROWS:
-        cells = [row]
-        for summary in summaries.values():
-            entry, best = summary[row], max(entry["top1_mean"] for entry in summary.values())
-            mean = f"{entry['top1_mean']:.1f} ± {entry['top1_standard_deviation'] or 0:.1f}"
+    """Return the table in Markdown: mean, and difference to the baseline; *: it exceeds two standard errors."""
+    lines = [["", *ROWS], ["---"] * (1 + len(ROWS))]
+    for title, summary in summaries.items():
+        best = max(entry["top1_mean"] for entry in summary.values())
+        cells = [f"{title} ({len(summary[BASELINE]['top1'])} classifiers a row)"]
+        for row in ROWS:
+            entry = summary[row]
+            mean = f"{entry['top1_mean']:.1f}"
             star = " *" if entry["verdict"] in ("better", "worse") else ""
-            difference = f"{entry['difference']:+.2f} ± {entry['standard_error'] or 0:.2f}{star}".replace("-", "−")
-            cells += [f"**{mean}**" if entry["top1_mean"] == best else mean, "" if row == BASELINE else difference]
+            difference = f" ({entry['difference']:+.2f} ± {entry['standard_error'] or 0:.2f}{star})".replace("-", "−")
+            cells.append((f"**{mean}**" if entry["top1_mean"] == best else mean) + difference * (row != BASELINE))
         lines.append(cells)
-    lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -368,7 +368,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any]) -> None:
-    print("\nTest accuracy in percent (mean ± standard deviation), and paired difference ± its standard error:\n")
+    print(f"\nTest accuracy in percent, and paired difference to {BASELINE} ± its standard error:\n")
     print(format_table(results["accuracy"]))
     print("\nPictures of a single class whose class is named by a classifier of all training digits")
     for name, percentage in results["single_class_named"].items():
