@@ -232,9 +232,10 @@ def _check_names(root: Path, folders: list[Path]) -> None:
             raise InputError(f"{by_name[name]} and {folder} count as the same class name; rename one")
         by_name[name] = folder
     if len(folders) < 2:
+        within = f", or give {folders[0]} if the classes are there" if folders else ""
         raise InputError(
             f"{root} holds {len(folders)} class folders, but at least two are needed; "
-            "put the pictures of each class into a folder with the class's name"
+            f"put the pictures of each class into a folder with the class's name{within}"
         )
 
 

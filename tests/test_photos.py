@@ -347,6 +347,20 @@ def test_half_a_jpeg_is_refused_and_a_whole_one_is_read(root, how):
         assert open_photo(file).size == (200, 200)
 
 
+@pytest.mark.parametrize("how", [{}, {"lossless": True}, {"exif": thumbnail_in_exif()}], ids=str)
+def test_half_a_webp_is_refused_and_a_whole_one_is_read(root, how):
+    stream, file = io.BytesIO(), root / CLASS_NAMES[0] / "half.webp"
+    Image.open(io.BytesIO(noisy_jpeg())).save(stream, "WEBP", **how)
+    content = stream.getvalue()
+    half = content[: len(content) // 2]
+    for damaged in (half, half + bytes(len(content) - len(half))):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"half\.webp cannot be read: "):
+            check_photos(find_photos(root))
+    file.write_bytes(content)
+    check_photos(find_photos(root))
+
+
 def exif(*entries, extra=b""):
     """Return EXIF that says that the picture is turned, with further entries (tag, type, count, value)."""
     entries = [(0x112, 3, 1, struct.pack("<HH", 6, 0)), *entries]
