@@ -30,7 +30,7 @@ from noisecutmix.cli import Parser, as_device, as_number, as_path, as_text, chec
 from noisecutmix.errors import InputError, RunError, is_out_of_memory
 from noisecutmix.files import atomic_file, check_writable, create_file, write_png
 from noisecutmix.photos import Photos, check_photos, find_photos, split_photos
-from noisecutmix.ranges import RANGES, Range, default_dtype
+from noisecutmix.ranges import RANGES, Range
 from noisecutmix.record import (
     LABELS_FILE,
     RUN_FILE,
@@ -78,11 +78,7 @@ class AugmentedSet(NamedTuple):
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description="Compare classifiers that are trained with and without augmented data sets.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110),
-        allow_abbrev=False,
-    )
+    parser = Parser(description="Compare classifiers that are trained with and without augmented data sets.")
     default = " (default: %(default)s)"
     add = parser.add_argument_group("pictures").add_argument
     layout = "one folder of pictures per class"
@@ -181,10 +177,7 @@ def main() -> None:
     records = {name: read_record(name, folder, train) for name, folder in options.augmented.items()}
     train_hashes, test_hashes = hash_pictures(train), hash_pictures(test)
     num_leaked = len(set(train_hashes) & set(test_hashes))
-    options.device = script.choose_device(options.device)
-    options.dtype = options.dtype or default_dtype(options.device)
-    if options.dtype == "float16" and not options.device.startswith("cuda"):
-        raise InputError(f"--dtype: float16 needs cuda; use --dtype=bfloat16 or float32 on {options.device}")
+    script.choose_device_and_dtype(options)
     sets = {name: open_set(name, options.augmented[name], train, record) for name, record in records.items()}
     recipe = {
         **{name: getattr(options, name) for name in RECIPE},

@@ -5,7 +5,6 @@ accelerate launch --num_processes=2 ckpts/finetune.py --data_dir=photos --meta_c
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -25,7 +24,7 @@ from noisecutmix.errors import InputError, RunError, is_out_of_memory
 from noisecutmix.files import check_writable, write_png
 from noisecutmix.photos import Photos, check_photos, find_photos
 from noisecutmix.pictures import crop_square, open_photo
-from noisecutmix.ranges import RANGES, Range, default_dtype
+from noisecutmix.ranges import RANGES, Range
 from noisecutmix.training_folder import TrainingFolder
 
 if TYPE_CHECKING:
@@ -37,15 +36,17 @@ SMOOTHED_OVER = 50  # steps, over which the displayed loss is averaged
 MEASURED_STEPS = 20  # from which the remaining time is estimated
 DRAWN_PER_CLASS = 2  # pictures in the preview, beside a real one
 COUNT, RATE = Range(int, 1, 10**8), Range(float, 1e-12, 1e6)
+RECIPE = (  # the flags that the weights depend on, whatever the machine
+    *("meta_class", "resolution", "random_flip", "random_crop", "rank", "learning_rate", "token_learning_rate"),
+    *("lr_scheduler", "dtype", "seed"),
+)
 # the number of processes, as launchers, MPI and Slurm set it; accelerate takes the first four for a launch
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        description="Fine-tune on pictures, one folder per class. After a stop, the same command continues the run.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110),
-        allow_abbrev=False,
+        description="Fine-tune on pictures, one folder per class. After a stop, the same command continues the run."
     )
     default = " (default: %(default)s)"
     add = parser.add_argument_group("pictures").add_argument
@@ -122,7 +123,7 @@ def main() -> None:
     photos = find_photos(options.data_dir, options.examples_per_class, options.seed)
     folder = TrainingFolder(options.output_dir)
     steps = plan_steps(options, photos, num_processes)
-    choose_device_and_dtype(options)
+    script.choose_device_and_dtype(options)
     listing = describe_listing(photos)
     description = {
         "model": options.model,
@@ -181,13 +182,6 @@ def plan_steps(options: argparse.Namespace, photos: Photos, num_processes: int) 
     return steps
 
 
-def choose_device_and_dtype(options: argparse.Namespace) -> None:
-    options.device = script.choose_device(options.device)
-    options.dtype = options.dtype or default_dtype(options.device)
-    if options.dtype == "float16" and not options.device.startswith("cuda"):
-        raise InputError(f"--dtype: float16 needs cuda; use --dtype=bfloat16 or float32 on {options.device}")
-
-
 def describe_listing(photos: Photos) -> str:
     """Return a hash of the pictures' names, sizes and times of change: if it is the same, so are the pictures."""
     digest = hashlib.sha256()
@@ -207,26 +201,10 @@ def check_pictures(options: argparse.Namespace, photos: Photos, folder: Training
     return record.fingerprint_files(photos.root, photos.files)
 
 
-def recipe(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags that the weights depend on, whatever the machine."""
-    return {
-        "meta_class": options.meta_class,
-        "resolution": options.resolution,
-        "random_flip": options.random_flip,
-        "random_crop": options.random_crop,
-        "rank": options.rank,
-        "learning_rate": options.learning_rate,
-        "token_learning_rate": options.token_learning_rate,
-        "lr_scheduler": options.lr_scheduler,
-        "dtype": options.dtype,
-        "seed": options.seed,
-    }
-
-
 def training_options(options: argparse.Namespace, photos: Photos, steps: int, pictures: str) -> dict[str, Any]:
     """Return what the weights depend on, as JSON values. A run is continued only if all of them are the same."""
     return {
-        **recipe(options),
+        **{name: getattr(options, name) for name in RECIPE},
         "examples_per_class": options.examples_per_class,
         "effective_batch": options.effective_batch,
         **({} if options.lr_scheduler == "constant" else {"max_train_steps": steps}),
@@ -284,7 +262,7 @@ def train(
     from noisecutmix.training import Settings, Trainer
 
     settings = Settings(
-        **recipe(options),
+        **{name: getattr(options, name) for name in RECIPE},
         model=options.model,
         max_train_steps=steps,
         train_batch_size=options.train_batch_size,

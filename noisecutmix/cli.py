@@ -21,6 +21,10 @@ from .sources import find_checkpoint_files, read_vae_factor
 class Parser(argparse.ArgumentParser):
     """Raises an InputError of one line for a wrong argument, in place of printing the usage."""
 
+    def __init__(self, **settings: Any):
+        formatter = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
+        super().__init__(**{"formatter_class": formatter, "allow_abbrev": False, **settings})
+
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): ", r"\1: ", message)
         raise InputError(re.sub(r"^unrecognized arguments: (.*)", r"\1: no such flag; see --help", message))
@@ -103,8 +107,7 @@ positive_int = as_number(RANGES["num_aug"])  # for the scripts in tests/
 
 def _create_parser(description: str) -> tuple[Parser, Any]:
     """Return a parser and its group of flags on the output."""
-    formatter = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
-    parser = Parser(description=description, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser(description=description)
     output = parser.add_argument_group("output")
     folder = "folder to write into (default: %(default)s)"
     output.add_argument("--output_dir", type=as_path, default="outputs", metavar="DIR", help=folder)

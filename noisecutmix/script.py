@@ -1,5 +1,6 @@
 """How a script ends, and its place among the processes that were started with it. Imports no torch."""
 
+import argparse
 import contextlib
 import os
 import re
@@ -14,6 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from .errors import InputError, RunError
+from .ranges import default_dtype
 
 HOW_TO_CONTINUE = "run the same command again to continue"
 # the first variable that is set counts: of accelerate and torchrun, of Open MPI, of Slurm
@@ -142,6 +144,14 @@ def choose_device(requested: str | None) -> str:
     if requested == "cuda" and _read_number(COUNT, 1) > 1:
         return f"cuda:{_read_number(LOCAL_RANK, 0) % count}"
     return requested
+
+
+def choose_device_and_dtype(options: argparse.Namespace) -> None:
+    """Set `device` and `dtype` of a training. Raises InputError if they are not there or do not fit each other."""
+    options.device = choose_device(options.device)
+    options.dtype = options.dtype or default_dtype(options.device)
+    if options.dtype == "float16" and not options.device.startswith("cuda"):
+        raise InputError(f"`dtype`: float16 needs cuda; use `dtype=bfloat16` or float32 on {options.device}")
 
 
 def with_flags(message: str) -> str:
