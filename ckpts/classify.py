@@ -54,7 +54,7 @@ LEAST_TO_JUDGE = 50  # percent of the test pictures that a classifier has to nam
 LOOKED_AFTER = 20  # steps, after which a process looks whether another one has finished its job
 RECIPE = (  # the flags that classifiers depend on
     *("seed", "test_share", "examples_per_class", "probability", "keep", "model", "pretrained", "epochs", "batch_size"),
-    *("learning_rate", "weight_decay", "image_size", "crop_scale", "random_flip", "dtype"),
+    *("learning_rate", "weight_decay", "image_size", "crop_scale", "color_jitter", "random_flip", "dtype"),
 )
 
 Job = tuple[str, int]  # a row and the number of a seed
@@ -117,6 +117,8 @@ def create_parser() -> argparse.ArgumentParser:
     add("--image_size", type=as_number(RANGES["resolution"]), metavar="PIXELS", help=side)
     crop = "smallest share of a picture that a random crop of the training shows"
     add("--crop_scale", type=as_number(Range(float, 0.01, 1)), default=0.08, metavar="P", help=crop + default)
+    jitter = "largest random change of brightness, contrast and saturation, as a share"
+    add("--color_jitter", type=as_number(SHARE), default=0.4, metavar="P", help=jitter + default)
     flip = "do not mirror half of the training pictures at random"
     add("--no_random_flip", dest="random_flip", action="store_false", help=flip)
 

@@ -17,6 +17,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save
 from timm.data import create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2
@@ -32,21 +33,31 @@ from .plan import area_ratio, sample_box
 LABEL_SMOOTHING = 0.1
 MOMENTUM = 0.9
 WARM_UP = 0.05  # share of the steps
+KEPT_PIXELS = 2**26  # of decoded photos in each process that reads them, 200 MB
 ALPHA = 1.0  # of MixUp's and CutMix's Beta distribution
 
 
 class RealPictures:
-    """Photos as (picture, class); item i is picture i % n, so that every item of a training has an index of its own."""
+    """Photos as (picture, class); item i is picture i % n, so that every item of a training has an index of its own.
+
+    Small sets are decoded only once.
+    """
 
     def __init__(self, photos: Photos, transform: Callable[[Any], torch.Tensor], epochs: int = 1):
         self._photos, self._transform, self._epochs = photos, transform, epochs
+        self._kept: dict[int, Image.Image] = {}
+        self._room = KEPT_PIXELS
 
     def __len__(self) -> int:
         return self._epochs * len(self._photos.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         index %= len(self._photos.files)
-        return self._transform(open_photo(self._photos.files[index])), self._photos.labels[index]
+        picture = self._kept.get(index) or open_photo(self._photos.files[index])
+        if index not in self._kept and (size := picture.width * picture.height) <= self._room:
+            self._kept[index] = picture
+            self._room -= size
+        return self._transform(picture), self._photos.labels[index]
 
 
 class AugmentedPictures:
@@ -137,6 +148,7 @@ class Classifier:
             is_training=True,
             scale=(options.crop_scale, 1.0),
             hflip=0.5 if options.random_flip else 0.0,
+            color_jitter=options.color_jitter,
         )
         real = RealPictures(photos, transform, options.epochs)
         mixed = MixedDataset(

@@ -45,8 +45,15 @@ BASELINE = "cutmix"
 BATCH_SIZE = 32
 # every number was fixed before any test digit was used; README says how the model was chosen
 RECIPE = [
-    *("--model=test_resnet", "--no_pretrained", "--image_size=32", "--crop_scale=0.6", "--no_random_flip"),
-    *("--probability=0.5", "--learning_rate=0.1", f"--batch_size={BATCH_SIZE}", "--num_workers=0", "--device=cpu"),
+    *("--model=test_resnet", "--no_pretrained", "--image_size=32", "--crop_scale=0.6", "--color_jitter=0"),
+    *(
+        "--no_random_flip",
+        "--probability=0.5",
+        "--learning_rate=0.1",
+        f"--batch_size={BATCH_SIZE}",
+        "--num_workers=0",
+        "--device=cpu",
+    ),
 ]
 BUNDLED, TRAINED = "bundled", ["half_0", "half_1", "subset_0", "subset_1"]
 HALVES = ("01234", "56789")  # a base model knows one half and is fine-tuned on the other
@@ -391,7 +398,7 @@ def parse_arguments() -> argparse.Namespace:
     parts = "trained generators whose columns are measured, beside the bundled one"
     add("--parts", nargs="*", choices=TRAINED, default=TRAINED, metavar="PART", help=parts)
     add("--seeds", type=count, default=10, metavar="N", help="classifiers a row and generator; twice in the halves")
-    add("--classifier_steps", type=count, default=150, metavar="N", help="least number of training steps of each")
+    add("--classifier_steps", type=count, default=500, metavar="N", help="least number of training steps of each")
     add("--num_aug", type=count, default=500, metavar="N", help="pictures a generated set")
     add("--generator_steps", type=count, default=2000, metavar="N", help="UNet steps of a base model")
     return parser.parse_args()
