@@ -380,6 +380,19 @@ def test_mixed_labels_have_the_shares_of_the_pictures(mix):
     assert (pictures.mean((2, 3)) == torch.eye(6)).all()  # the batch itself is unchanged
 
 
+def test_a_small_set_is_decoded_once(tmp_path):
+    """The pictures of the second epoch are those of the first, although the files are gone."""
+    from noisecutmix.classifier import RealPictures
+
+    photos = find_photos(write_photos(tmp_path / "photos", NAMES, count=2))
+    pictures = RealPictures(photos, np.asarray, epochs=2)
+    first = [pictures[index] for index in range(6)]
+    shutil.rmtree(tmp_path / "photos")
+    for index in range(6):
+        picture, label = pictures[6 + index]
+        assert (picture == first[index][0]).all() and label == first[index][1]
+
+
 def test_global_random_states_are_left_alone(folder):
     before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
     classify(folder, "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
