@@ -1,5 +1,7 @@
 """The method with the bundled model of digits: pictures, labels and masks agree."""
 
+import sys
+
 import numpy as np
 import pytest
 from conftest import DIGITS, ROOT, load_module
@@ -33,16 +35,19 @@ def generator():
     return NoiseCutMixGenerator(device="cpu", data_name="digits")
 
 
-def test_mirrored_digits_are_written_once(tmp_path, run_script):
+def test_mirrored_digits_are_written_once(train, tmp_path, monkeypatch, capsys):
     """A second run into the same folder would mix two choices of digits."""
-    arguments = ("ckpts/digits/train.py", "--write_pictures=mirrored")
-    assert run_script(*arguments, "--digits_a_class=2").returncode == 0
-    files = sorted((tmp_path / "mirrored").rglob("*.png"))
+    folder = tmp_path / "mirrored"
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--write_pictures={folder}", "--digits_a_class=2"])
+    train.main()
+    files = sorted(folder.rglob("*.png"))
     assert len(files) == 1797 and sum("train" in file.parts for file in files) == 20
-    second = run_script(*arguments, "--digits_a_class=3")
-    assert second.returncode == 2
-    assert second.stderr == "train.py: error: --write_pictures: mirrored is not an empty folder; choose another\n"
-    assert sorted((tmp_path / "mirrored").rglob("*.png")) == files
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--write_pictures={folder}", "--digits_a_class=3"])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    message = f"train.py: error: --write_pictures: {folder} is not an empty folder; choose another\n"
+    assert capsys.readouterr().err == message
+    assert sorted(folder.rglob("*.png")) == files
 
 
 def items_in(box, ratio):
