@@ -9,19 +9,16 @@ import json
 import logging
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save
-from timm.data import create_transform, resolve_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch.utils.data import DataLoader
 
 from .datasets import AugmentedDataset, MixedDataset
@@ -29,6 +26,13 @@ from .errors import InputError, RunError, first_line
 from .photos import Photos
 from .pictures import open_photo
 from .plan import area_ratio, sample_box
+
+with warnings.catch_warnings():  # older versions of timm use what newer ones of torch deprecate
+    warnings.simplefilter("ignore")
+    import timm
+    from timm.data import create_transform, resolve_data_config
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler.cosine_lr import CosineLRScheduler
 
 LABEL_SMOOTHING = 0.1
 MOMENTUM = 0.9
