@@ -96,7 +96,8 @@ def plot_accuracies(summary: dict[str, dict[str, Any]], title: str) -> bytes:
     axes = figure.add_subplot(xlabel="test pictures named right (%)", title=title)
     for place, row in enumerate(rows):
         values = summary[row]["top1"]
-        axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
+        heights = np.linspace(place - 0.2, place + 0.2, len(values))  # equal values do not hide each other
+        axes.plot(values, heights, "o", color="tab:blue", alpha=0.5)
         mean = summary[row]["top1_mean"]
         axes.plot([mean, mean], [place - 0.35, place + 0.35], color="tab:red", linewidth=2)
     axes.set_yticks(range(len(rows)), rows)
