@@ -40,6 +40,8 @@ WARM_UP = 0.05  # share of the steps
 KEPT_PIXELS = 2**26  # of decoded photos in each process that reads them, 200 MB
 ALPHA = 1.0  # of MixUp's and CutMix's Beta distribution
 
+Transform = Callable[[Any], torch.Tensor]
+
 
 class RealPictures:
     """Photos as (picture, class); item i is picture i % n, so that every item of a training has an index of its own.
@@ -47,7 +49,7 @@ class RealPictures:
     Small sets are decoded only once.
     """
 
-    def __init__(self, photos: Photos, transform: Callable[[Any], torch.Tensor], epochs: int = 1):
+    def __init__(self, photos: Photos, transform: Transform, epochs: int = 1):
         self._photos, self._transform, self._epochs = photos, transform, epochs
         self._kept: dict[int, Image.Image] = {}
         self._room = KEPT_PIXELS
@@ -68,11 +70,7 @@ class AugmentedPictures:
     """The items `indices` of an augmented data set as (picture, soft label in the order of the real classes)."""
 
     def __init__(
-        self,
-        pictures: AugmentedDataset,
-        label_order: list[int],
-        indices: Sequence[int],
-        transform: Callable[[Any], Any],
+        self, pictures: AugmentedDataset, label_order: list[int], indices: Sequence[int], transform: Transform
     ):
         self._pictures, self._label_order, self._indices, self._transform = pictures, label_order, indices, transform
 
