@@ -13,7 +13,7 @@ from .errors import InputError, first_line
 
 LARGEST_PICTURE = 500_000_000  # pixels; the largest camera sensors have fewer
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")  # those at which coded data end
-FEWEST_ZEROS = 256  # at the end of a WebP file, which compressed data do not have
+FEWEST_ZEROS = 256  # at the end of a WebP image, which compressed data do not have
 ORIENTATION, PHOTOMETRIC, BITS_PER_SAMPLE = 274, 262, 258  # EXIF and TIFF tags
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,9 +79,20 @@ def _open(file: Path) -> Image.Image:
         raise ValueError(f"it has {image.width} x {image.height} pixels, more than 500 million; make it smaller")
     if image.format in ("JPEG", "MPO") and not _has_end_of_jpeg(content):
         raise ValueError("its end is missing, so a part of it would be grey")
-    if image.format == "WEBP" and content.endswith(bytes(FEWEST_ZEROS)):
+    if image.format == "WEBP" and _webp_image(content).endswith(bytes(FEWEST_ZEROS)):
         raise ValueError("it ends in zeros, so a part of it is missing")
     return image
+
+
+def _webp_image(content: bytes) -> bytes:
+    """Return the coded image of a WebP file (its RIFF chunk, without metadata), b"" for an animation."""
+    place = 12
+    while place < len(content):
+        name, size = content[place : place + 4], int.from_bytes(content[place + 4 : place + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return content[place + 8 : place + 8 + size]
+        place += 8 + size + size % 2
+    return b""
 
 
 def _has_end_of_jpeg(content: bytes) -> bool:
