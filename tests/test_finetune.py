@@ -295,7 +295,8 @@ def test_an_invalid_model_leaves_no_files(tmp_path, flags, tiny_model):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_damaged_after_the_check_is_named(tmp_path, flags, photos, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("--random_crop",)], ids=["cached", "random crops"])
+def test_a_picture_damaged_after_the_check_is_named(tmp_path, flags, photos, monkeypatch, more):
     copy = shutil.copytree(photos, tmp_path / "birds")
     read, damaged = PictureLatents._read, copy / CLASS_NAMES[1] / "2.png"
 
@@ -305,13 +306,9 @@ def test_a_picture_damaged_after_the_check_is_named(tmp_path, flags, photos, mon
         return read(self, view)
 
     monkeypatch.setattr(PictureLatents, "_read", damage_first)
-    for more in ((), ("--random_crop",)):
-        shutil.copy(photos / CLASS_NAMES[1] / "2.png", damaged)
-        with pytest.raises(RunError, match=r"blue jay.2\.png cannot be read: .*could be read when this run began"):
-            finetune(tmp_path, *flags, f"--data_dir={copy}", *more)
-        assert not (tmp_path / "out" / LORA).exists()
-        shutil.rmtree(tmp_path / "out")
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(RunError, match=r"blue jay.2\.png cannot be read: .*could be read when this run began"):
+        finetune(tmp_path, *flags, f"--data_dir={copy}", *more)
+    assert not (tmp_path / "out" / LORA).exists()
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -967,12 +964,12 @@ def wait_for_state(folder, step, process):
 
 
 @pytest.mark.slow
-def test_five_random_kills_do_not_change_the_result(tmp_path, flags, start):
-    flags = [*flags, "--max_train_steps=60", "--checkpointing_steps=1"]
+def test_random_kills_do_not_change_the_result(tmp_path, flags, start):
+    flags = [*flags, "--max_train_steps=36", "--checkpointing_steps=1"]
     (tmp_path / "whole").mkdir()
     finetune(tmp_path / "whole", *flags)
     rng = random.Random(0)
-    for turn in range(5):
+    for turn in range(3):
         process = start_finetuning(start, *flags)
         wait_for_state(tmp_path, 10 * turn + 1, process)
         time.sleep(rng.uniform(0, 0.2))
@@ -989,8 +986,8 @@ ON_POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no 
 @ON_POSIX
 @pytest.mark.parametrize(
     ("launcher", "sent", "status"),
-    [((), signal.SIGTERM, 143), ((), signal.SIGINT, 130), (TWO_PROCESSES, signal.SIGTERM, None)],
-    ids=["SIGTERM", "Ctrl-C", "two processes"],
+    [((), signal.SIGINT, 130), (TWO_PROCESSES, signal.SIGTERM, None)],
+    ids=["one process", "two processes"],
 )
 def test_nothing_is_lost_on_a_signal(tmp_path, flags, trained, start, launcher, sent, status):
     """The step is finished and a state written. In a launch, it may arrive in one of the processes alone."""

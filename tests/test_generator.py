@@ -1,14 +1,11 @@
 """The generator in Python: valid and invalid arguments, and its behaviour when memory is short."""
 
 import argparse
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES, ROOT, offline_environment
+from conftest import CLASS_NAMES
 
 from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.classes import Classes, load_classes
@@ -215,26 +212,3 @@ def test_messages_during_a_run_name_parameters(monkeypatch):
     message = fail_with(NonFiniteImageError([0], torch.float16))
     assert message.startswith("item 1: the picture is not finite")
     assert "use `dtype=bfloat16`" in message and "--" not in message
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="the test hides the compiler with PATH")
-def test_compile_without_a_compiler_says_what_to_install(tmp_path):
-    code = """
-from noisecutmix import NoiseCutMixGenerator
-from noisecutmix.errors import RunError
-generator = NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=1)
-try:
-    generator.compile()
-except RunError as error:
-    print(error)
-"""
-    environment = offline_environment(
-        PYTHONPATH=str(ROOT), PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
-    )
-    environment.pop("CXX", None)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.stdout == (
-        "`compile`: PyTorch finds no C++ compiler; install g++ (on Windows the Visual Studio Build Tools); "
-        "try without it\n"
-    ), done.stderr

@@ -211,16 +211,13 @@ def test_a_wrong_checkpoint_changes_nothing(tmp_path, tiny_arguments):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
-def test_signals_leave_finished_items(start, tmp_path, tiny_arguments, number, status):
+def test_ctrl_c_leaves_finished_items(start, tmp_path, tiny_arguments):
     arguments = [*tiny_arguments, "--num_inference_steps=40", "--num_aug=400", "--output_dir=out"]
     process = start(command("augmentation.py", *arguments))
     wait_for_images(tmp_path / "out", 8, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=LONGEST_WAIT)
-    assert process.returncode == status, errors
+    assert process.returncode == 130, errors
     assert errors.replace("\r", "\n").splitlines()[-1] == "stopped; run the same command again to continue"
     assert "Traceback" not in errors
     for path in (tmp_path / "out" / "image").iterdir():
@@ -339,18 +336,18 @@ def test_an_error_in_a_writer_thread_stops_the_run():
 
 
 @pytest.mark.slow
-def test_ten_kills_do_not_change_the_result(start, tmp_path):
-    arguments = ["--data_name=digits", "--device=cpu", "--num_inference_steps=10", "--num_aug=200", "--output_dir=out"]
+def test_kills_do_not_change_the_result(start, tmp_path):
+    arguments = ["--data_name=digits", "--device=cpu", "--num_inference_steps=10", "--num_aug=80", "--output_dir=out"]
     (tmp_path / "whole").mkdir()
-    run_to_the_end(tmp_path / "whole", arguments[:-2], 200)
+    run_to_the_end(tmp_path / "whole", arguments[:-2], 80)
     rng = random.Random(0)
-    for done in range(0, 200, 20):
+    for done in range(0, 80, 20):
         process = start(command("augmentation.py", *arguments))
         wait_for_images(tmp_path / "out", done, process)  # so that each run makes progress
         time.sleep(rng.uniform(0, 2))
         process.kill()
         process.communicate()
-    run_to_the_end(tmp_path, arguments[:-2], 200)
+    run_to_the_end(tmp_path, arguments[:-2], 80)
     written = {name: content for name, content in files_of(tmp_path / "out").items() if not name.endswith(".tmp")}
     assert written == files_of(tmp_path / "whole" / "out")
 
