@@ -17,6 +17,7 @@ import torch
 from conftest import as_command_line
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torchvision.transforms.functional import pil_to_tensor
 
 from noisecutmix import AugmentedDataset, MixedDataset
 from noisecutmix.errors import InputError
@@ -389,14 +390,16 @@ def test_the_epoch_of_a_process_does_not_reach_other_processes(method):
 @start_methods
 def test_two_workers_train_an_epoch(folder, method):
     skip_without(method)
-    mixed = MixedDataset(Constant(0.5, 24), AugmentedDataset(folder, to_tensor), 0.5, 3)
+    # of libraries only, so that spawned workers import no tests
+    real = TensorDataset(torch.zeros(24, 3, 16, 16, dtype=torch.uint8), torch.arange(24) % 3)
+    mixed = MixedDataset(real, AugmentedDataset(folder, pil_to_tensor), 0.5, 3)
     loader = DataLoader(mixed, batch_size=8, shuffle=True, num_workers=2, multiprocessing_context=method)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = model[1].weight.detach().clone()
     for images, soft_labels in loader:
         assert soft_labels.shape == (8, 3)
-        loss = torch.nn.functional.cross_entropy(model(images), soft_labels)
+        loss = torch.nn.functional.cross_entropy(model(images / 255), soft_labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

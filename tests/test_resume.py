@@ -239,7 +239,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_full_disk(whole, tmp_path, tiny_arguments):
     """No file can be larger than run.json, so masks can be written and pictures of 64x64 cannot."""
     limit = (whole / "run.json").stat().st_size + 200
-    arguments = [*tiny_arguments, "--resolution=64", "--num_aug=20", "--output_dir=out"]
+    arguments = [*tiny_arguments, "--resolution=64", "--num_aug=4", "--output_dir=out"]
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(limit), str(ROOT / "augmentation.py"), *arguments],
         cwd=tmp_path,
@@ -253,13 +253,13 @@ def test_full_disk(whole, tmp_path, tiny_arguments):
     assert "File too large" in last and last.endswith("; run the same command again to continue")
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "out" / "image").iterdir())
-    run_to_the_end(tmp_path, tiny_arguments, 20, "--resolution=64")
+    run_to_the_end(tmp_path, tiny_arguments, 4, "--resolution=64")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows renames no folder in use")
 def test_a_file_system_that_disappears(start, tmp_path, tiny_arguments):
     arguments = [*tiny_arguments, "--num_inference_steps=20"]
-    process = start(command("augmentation.py", *arguments, "--num_aug=60", "--output_dir=out"))
+    process = start(command("augmentation.py", *arguments, "--num_aug=40", "--output_dir=out"))
     wait_for_images(tmp_path / "out", 8, process)
     (tmp_path / "out").rename(tmp_path / "away")
     output, errors = process.communicate(timeout=LONGEST_WAIT)
@@ -268,8 +268,8 @@ def test_a_file_system_that_disappears(start, tmp_path, tiny_arguments):
     assert "Traceback" not in errors and output == ""
 
     (tmp_path / "away").rename(tmp_path / "out")
-    run_to_the_end(tmp_path, arguments, 60)
-    assert len(list((tmp_path / "out" / "image").iterdir())) == 60
+    run_to_the_end(tmp_path, arguments, 40)
+    assert len(list((tmp_path / "out" / "image").iterdir())) == 40
 
 
 @pytest.mark.parametrize(
