@@ -3,7 +3,7 @@
 python augmentation.py --data_name=digits --num_aug=32 --output_dir=outputs/digits
 accelerate launch --num_processes=8 augmentation.py --data_name=cub --num_aug=10000
 
-Any number of processes may draw into one folder: of a launcher, of a job array, or started by hand, also later.
+Any number of processes may fill one folder, started by a launcher, by a job array or by hand, at any time.
 """
 
 import random

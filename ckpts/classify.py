@@ -98,7 +98,7 @@ def create_parser() -> argparse.ArgumentParser:
     add("--baseline", default="cutmix", metavar="ROW", help="row to compare the others with" + default)
     add("--seeds", type=as_number(Range(int, 1, 1000)), default=3, metavar="N", help="classifiers per row" + default)
     add("--seed", type=as_number(RANGES["seed"]), default=0, metavar="S", help="seed of all random choices" + default)
-    probability = "of an augmented picture in place of a real one"
+    probability = "share of real pictures that augmented ones replace"
     add("--probability", type=as_number(SHARE), default=0.1, metavar="P", help=probability + default)
     keep = "share of each augmented set that is used; the first classifier of row none doubts the others most"
     add("--keep", type=as_number(Range(float, 0.01, 1)), default=1.0, metavar="P", help=keep + default)
@@ -111,7 +111,7 @@ def create_parser() -> argparse.ArgumentParser:
     add("--no_pretrained", dest="pretrained", action="store_false", help=pretrained)
     add("--epochs", type=as_number(COUNT), default=100, metavar="N", help="passes over the real pictures" + default)
     add("--batch_size", type=as_number(RANGES["batch_size"]), default=32, metavar="N", help="pictures a step" + default)
-    add("--learning_rate", type=as_number(RATE), default=0.02, metavar="LR", help="of SGD at its peak" + default)
+    add("--learning_rate", type=as_number(RATE), default=0.02, metavar="LR", help="peak learning rate of SGD" + default)
     add("--weight_decay", type=as_number(RATE), default=5e-4, metavar="W", help="weight decay of SGD" + default)
     side = "side of the classifier's pictures in pixels (default: the model's)"
     add("--image_size", type=as_number(RANGES["resolution"]), metavar="PIXELS", help=side)
@@ -380,9 +380,7 @@ class Comparison:
                     if is_out_of_memory(error):
                         raise RunError("out of memory; use a smaller --batch_size in another folder") from error
                     raise
-                script.say(
-                    f"{job[0]}, seed {job[1]}: {self.read_score(job).top1:.1f} % of the test pictures named right"
-                )
+                script.say(f"{job[0]}, seed {job[1]}: {self.read_score(job).top1:.1f} % test accuracy")
 
     def _choose_job(self) -> Job | None:
         """Return a job that is not done, one that as few other processes as possible have begun; None at the end."""
@@ -487,7 +485,7 @@ def read_row(row: str) -> tuple[str, str]:
 
 
 def describe_weak_judge(top1: float) -> str:
-    return f"row none names {top1:.0f} % of the test pictures right, which is too little to judge the augmented ones"
+    return f"row none has a test accuracy of {top1:.0f} %, which is too little to judge the augmented pictures"
 
 
 def write_report(comparison: Comparison, num_leaked: int) -> None:
@@ -511,7 +509,7 @@ def write_report(comparison: Comparison, num_leaked: int) -> None:
         )
     notes = [
         f"Test accuracy of {options.model} on {len(comparison.test.files)} pictures after the last of {options.epochs} "
-        f"epochs, mean ± standard deviation over {options.seeds} seeds. Beside it the paired difference to "
+        f"epochs, mean ± standard deviation over {options.seeds} seeds. Beside it is the paired difference to "
         f"{options.baseline} ± its standard error. Nothing was chosen on the test pictures."
     ]
     if num_leaked:

@@ -38,7 +38,7 @@ def load_pipeline(
     """Load a Stable Diffusion model and a Diff-Mix checkpoint, ready to draw.
 
     The LoRA is fused into the UNet in float32, then all weights are cast; no adapter is left. The scheduler is
-    DPM-Solver++ ending at `sigma_min`, as in the method's first implementation. There is no safety checker.
+    DPM-Solver++ ending at `sigma_min`, as in the method's original implementation. There is no safety checker.
 
     Args:
         model: a local diffusers folder or a hub id, also "id@revision". Safetensors are preferred; `.bin` files are

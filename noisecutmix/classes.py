@@ -100,7 +100,7 @@ def _read_classes(path: Path) -> Classes:
     repeated = find_repeated(names)
     if repeated:
         raise InputError(
-            f"`data_name`: \"classes\" in {path} names {repeated!r} twice; case, spaces, '/' and '_' are ignored"
+            f"`data_name`: \"classes\" in {path} names {repeated!r} twice; case is ignored, '/' and '_' are spaces"
         )
     if not _is_text(meta_class):
         raise InputError(f'`data_name`: "meta_class" is missing in {path} or is not text; {EXPECTED}')

@@ -97,10 +97,10 @@ class SeededItems:
 
 
 class Classifier:
-    """A timm model for `num_classes` classes; `options` are the flags of ckpts/classify.py, `seed` that of all else.
+    """A timm model for `num_classes` classes; `options` are ckpts/classify.py's flags, `seed` that of all randomness.
 
     Raises:
-        InputError: timm has no such model, or its pretrained weights cannot be had.
+        InputError: timm has no such model, or its pretrained weights cannot be loaded.
     """
 
     def __init__(self, options: argparse.Namespace, num_classes: int, seed: int = 0):

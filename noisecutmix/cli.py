@@ -140,7 +140,7 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--single_class", action="store_true", help=single)
     _add_number(method, "num_inference_steps", 25, "N", "denoising steps")
     _add_number(method, "seed", 0, "S", "determines classes, boxes and noise")
-    _add_number(method, "resolution", None, "PIXELS", "side of a picture (default: 512, digits 32)")
+    _add_number(method, "resolution", None, "PIXELS", "side of a picture (default: the data set's)")
 
     machine = parser.add_argument_group("machine")
     devices = "cuda, cuda:N, mps or cpu (default: the first available)"

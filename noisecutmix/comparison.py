@@ -16,7 +16,7 @@ STANDARD_ERRORS = 2  # below so many, no difference can be told
 
 @dataclass(frozen=True)
 class Score:
-    """What one classifier names right of the test pictures, in percent: of all, and the mean over the classes."""
+    """The top-1 accuracy of a classifier on the test pictures, in percent: of all, and the mean over the classes."""
 
     top1: float
     per_class: float
@@ -93,7 +93,7 @@ def plot_accuracies(summary: dict[str, dict[str, Any]], title: str) -> bytes:
 
     rows = list(summary)
     figure = Figure(figsize=(7, 1.2 + 0.4 * len(rows)), layout="constrained")  # inches
-    axes = figure.add_subplot(xlabel="test pictures named right (%)", title=title)
+    axes = figure.add_subplot(xlabel="top-1 test accuracy (%)", title=title)
     for place, row in enumerate(rows):
         values = summary[row]["top1"]
         heights = np.linspace(place - 0.2, place + 0.2, len(values))  # equal values do not hide each other

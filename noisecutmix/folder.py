@@ -1,9 +1,9 @@
 """The output folder of a data set. Any number of processes fill it at once, and need not know of each other.
 
 Every file is a pure function of the options and its index, is written under another name and then renamed, and each
-picture names the options and its index in its first bytes. So a process only adds files that are missing or are not
-those that it would write. What it does not see, because of a crash, a cache or another process, costs time and nothing
-else.
+picture holds a hash of the options and its index in its first bytes. So a process only adds files that are missing or
+are not those that it would write. What it does not see, because of a crash, a cache or another process, costs time and
+nothing else.
 """
 
 import contextlib

@@ -43,7 +43,7 @@ class Record:
         num_aug: the number of items that run asked for.
         options: all options that the data depend on, as JSON values (see `data_options`).
         command: its words; the same command continues the data set.
-        has_marks: whether the pictures name their options; those of earlier versions do not.
+        has_marks: whether the pictures hold a hash of the options; those of earlier versions do not.
     """
 
     num_aug: int

@@ -116,7 +116,7 @@ def say(message: str) -> None:
 
 
 def is_first_process() -> bool:
-    """Return whether this process prints: the first of its launch, of each task in a job array."""
+    """Return whether this process prints: the first of its launch, or of its task in a job array."""
     return _read_number(RANK, 0) % max(_read_number(COUNT, 1), 1) == 0
 
 

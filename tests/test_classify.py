@@ -155,7 +155,7 @@ def test_two_processes_share_the_work(folder, start):
     two = [start(arguments) for _ in range(2)]
     outputs = [process.communicate(timeout=LONGEST_WAIT) for process in two]
     assert [process.returncode for process in two] == [0, 0], outputs
-    trained = [len(re.findall("of the test pictures named right", errors)) for _, errors in outputs]
+    trained = [len(re.findall("% test accuracy", errors)) for _, errors in outputs]
     assert sum(trained) <= 12 + 1 and min(trained) >= 4, trained
     shared = results_of(folder)
     alone = start([*arguments, "--output_dir=alone"])

@@ -12,7 +12,7 @@ from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.errors import InputError
 from noisecutmix.plan import Item
 
-COUNT = 30
+COUNT = 40
 LEFT_HALF, ALL, NOTHING = (0, 0, 16, 32), (0, 0, 32, 32), (0, 0, 0, 0)
 
 
