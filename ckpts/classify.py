@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,12 +65,14 @@ JUDGE: Job = ("none", 0)  # its classifier scores the augmented pictures
 class AugmentedSet(NamedTuple):
     """A data set of augmentation.py: `label_order[k]` is the place, in its labels, of class k of the real pictures.
 
-    `num_seen` is the number of real pictures that its generator was fine-tuned on, None if it is not known.
+    `seen` is the number of real pictures that its generator was fine-tuned on, and the seed that chose them, None if it
+    is not known.
     """
 
     pictures: "AugmentedDataset"
+    files: Photos
     label_order: list[int]
-    num_seen: int | None
+    seen: tuple[int, int] | None
     fingerprint: str
 
     def soft_labels(self) -> "np.ndarray":
@@ -187,16 +190,22 @@ def main() -> None:
         "train_pictures": digest(*zip(train.labels, train_hashes)),
         "test_pictures": digest(*zip(test.labels, test_hashes)),
         "augmented": {name: augmented.fingerprint for name, augmented in sets.items()},
+        "timm": version("timm"),  # its weights and transforms
     }
     comparison = Comparison(options, recipe, train, test, sets)
     is_new = comparison.check_usable()
     if is_new:  # the pictures of a comparison that has begun are the same as then
-        for photos in (train, test):
-            for note in (*photos.notes, *check_photos(photos)):
-                script.say(note)
+        pictures = (train, test, *(augmented.files for augmented in sets.values()))
+        for note in dict.fromkeys(note for photos in pictures for note in (*photos.notes, *check_photos(photos))):
+            script.say(note)
     if num_leaked:
         script.say(f"warning: {num_leaked} pictures are among those for training and for the test, too")
-    comparison.train_missing()
+    try:
+        comparison.train_missing()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise RunError("out of memory; use a smaller --batch_size in another folder") from error
+        raise
     write_report(comparison, num_leaked)
 
 
@@ -266,18 +275,20 @@ def open_set(name: str, folder: Path, photos: Photos, record: Record) -> Augment
         if pictures.num_classes != len(label_order):
             raise InputError(f"{folder}: {LABELS_FILE} is for {pictures.num_classes} classes; repair the data set")
         labels = hashlib.sha256((folder / LABELS_FILE).read_bytes()).hexdigest()
+        files = Photos(folder, (), tuple(pictures.root / name for name in pictures.file_names), (), ())
+        fingerprint = digest(record.options, labels, hash_pictures(files))
     except InputError as error:
         raise InputError(f"--augmented: {str(error).removeprefix('--augmented: ')}") from error
-    return AugmentedSet(pictures, label_order, count_seen(folder, record), digest(record.options, labels))
+    return AugmentedSet(pictures, files, label_order, find_seen(folder, record), fingerprint)
 
 
-def count_seen(folder: Path, record: Record) -> int | None:
-    """Return how many pictures ckpts/finetune.py used for the generator of an augmented set, None if unknown."""
+def find_seen(folder: Path, record: Record) -> tuple[int, int] | None:
+    """Return how many pictures ckpts/finetune.py used for the generator of an augmented set, and its seed."""
     try:
         ckpt_path = Path(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["ckpt_path"])
         finetuning = json.loads((ckpt_path / FINETUNE_FILE).read_text(encoding="utf-8"))
         is_same = fingerprint_checkpoint(ckpt_path) == record.options["checkpoint"]
-        return int(finetuning["options"]["num_pictures"]) if is_same else None
+        return (int(finetuning["options"]["num_pictures"]), int(finetuning["options"]["seed"])) if is_same else None
     except (OSError, InputError, ValueError, LookupError, TypeError):
         return None
 
@@ -363,11 +374,14 @@ class Comparison:
         from noisecutmix.classifier import Classifier
 
         options = self.options
-        steps = Classifier(options, len(self.train.class_names)).steps(len(self.train.files))  # refuses a wrong model
-        (self.root / "results").mkdir(parents=True, exist_ok=True)
+        classifier = Classifier(options, len(self.train.class_names))  # refuses a wrong model
+        classifier.try_batch()
+        steps = classifier.steps(len(self.train.files))
+        self.root.mkdir(parents=True, exist_ok=True)
         content = {"options": self._recipe, **describe_program()}
         self._is_new = create_file(self.root / OPTIONS_FILE, json.dumps(content, indent=2, ensure_ascii=False).encode())
         self.check_usable()
+        (self.root / "results").mkdir(exist_ok=True)
         with tqdm(unit="step", smoothing=0.05, disable=not script.is_first_process()) as bar:
             while job := self._choose_job():
                 bar.total = bar.n + steps * sum(not self.is_done(other) for other in self.jobs)
@@ -376,10 +390,6 @@ class Comparison:
                     self._train(job, bar)
                 except AlreadyTrained:
                     continue
-                except RuntimeError as error:
-                    if is_out_of_memory(error):
-                        raise RunError("out of memory; use a smaller --batch_size in another folder") from error
-                    raise
                 script.say(f"{job[0]}, seed {job[1]}: {self.read_score(job).top1:.1f} % test accuracy")
 
     def _choose_job(self) -> Job | None:
@@ -499,9 +509,9 @@ def write_report(comparison: Comparison, num_leaked: int) -> None:
     for row, entry in summary.items():
         _, name = read_row(row)
         entry["real_pictures"] = num_train
-        entry["real_pictures_of_generator"] = sets[name].num_seen if name else 0
+        num_seen, _ = (sets[name].seen or (None, 0)) if name else (0, 0)
+        entry["real_pictures_of_generator"] = num_seen
         entry["augmented_pictures"] = len(comparison.find_kept(name)) if name else 0
-        num_seen = entry["real_pictures_of_generator"]
         seen[row] = (
             f"{num_train}",
             "" if not name else "unknown" if num_seen is None else f"{num_seen}",
@@ -514,8 +524,9 @@ def write_report(comparison: Comparison, num_leaked: int) -> None:
     ]
     if num_leaked:
         notes.append(f"Warning: {num_leaked} pictures are among those for training and for the test, too.")
+    # with the same seed, the generator's pictures are among the first in the same order
     if options.test_dir is None and any(
-        chosen.num_seen is None or chosen.num_seen > num_train for chosen in sets.values()
+        chosen.seen is None or chosen.seen[0] > num_train or chosen.seen[1] != options.seed for chosen in sets.values()
     ):
         notes.append(
             "The test pictures are a part of --train_dir. A generator that was fine-tuned on all of it has seen them: "
@@ -540,7 +551,7 @@ def write_report(comparison: Comparison, num_leaked: int) -> None:
     if script.is_first_process():
         print(text)
         if options.save_weights:
-            from noisecutmix.classifier import explain_loading
+            from noisecutmix.comparison import explain_loading
 
             print("To name the class of a picture with the classifier of a row:\n")
             print(explain_loading(comparison.weights_file(options.rows[0]), comparison.test.files[0]))

@@ -11,7 +11,6 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader
 
 from .datasets import AugmentedDataset, MixedDataset
-from .errors import InputError, RunError, first_line
+from .errors import InputError, RunError, first_line, is_out_of_memory
 from .photos import Photos
 from .pictures import open_photo
 from .plan import area_ratio, sample_box
@@ -37,17 +36,15 @@ with warnings.catch_warnings():  # older versions of timm use what newer ones of
 LABEL_SMOOTHING = 0.1
 MOMENTUM = 0.9
 WARM_UP = 0.05  # share of the steps
-KEPT_PIXELS = 2**26  # of decoded photos in each process that reads them, 200 MB
+KEPT_PIXELS = 2**26  # of photos that are decoded only once, in each process that reads them: 200 MB
+NOT_FINITE = "use a lower `learning_rate` or `dtype=bfloat16` in another folder"
 ALPHA = 1.0  # of MixUp's and CutMix's Beta distribution
 
 Transform = Callable[[Any], torch.Tensor]
 
 
 class RealPictures:
-    """Photos as (picture, class); item i is picture i % n, so that every item of a training has an index of its own.
-
-    Small sets are decoded only once.
-    """
+    """Photos as (picture, class); item i is picture i % n, so that every item of a training has an index of its own."""
 
     def __init__(self, photos: Photos, transform: Transform, epochs: int = 1):
         self._photos, self._transform, self._epochs = photos, transform, epochs
@@ -126,6 +123,18 @@ class Classifier:
         """Return the number of training steps with so many real pictures."""
         return max(int(self.options.epochs) * num_pictures // int(self.options.batch_size), 1)
 
+    def try_batch(self) -> None:
+        """Raise an InputError if the model cannot train on batches of this size."""
+        size, options = self.data_config["input_size"], self.options
+        try:
+            with torch.no_grad(), keeping_global_state(options.device), self._autocast():
+                self.model.train()(torch.zeros(options.batch_size, *size, device=options.device))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"cannot train on {options.batch_size} pictures of {size[2]}x{size[1]}: {first_line(error)}"
+            raise InputError(f"`model`: {options.model} {reason}; change `image_size` or `batch_size`") from error
+
     def train(
         self,
         photos: Photos,
@@ -176,9 +185,8 @@ class Classifier:
         with keeping_global_state(device):
             for step, (pictures, labels) in enumerate(loader):
                 seed_global_state(derive_seed(self.seed, 4, step), device)  # for dropout
-                pictures = pictures.to(device, non_blocking=True, memory_format=torch.channels_last)
-                labels = labels.to(device, non_blocking=True)
-                labels = (1 - LABEL_SMOOTHING) * labels + LABEL_SMOOTHING / self.num_classes
+                pictures = pictures.to(device, memory_format=torch.channels_last)
+                labels = (1 - LABEL_SMOOTHING) * labels.to(device) + LABEL_SMOOTHING / self.num_classes
                 if mix:
                     pictures, labels = mix_batch(mix, pictures, labels, mix_rng)
                 schedule.step_update(step + 1)
@@ -190,15 +198,12 @@ class Classifier:
                 scaler.update()
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise RunError(
-                        f"the loss of step {step + 1} is not finite; use a lower `learning_rate` or `dtype=bfloat16` "
-                        "in another folder"
-                    )
+                    raise RunError(f"the loss of step {step + 1} is not finite; {NOT_FINITE}")
                 after_step(value)
 
     @torch.no_grad()
     def predict(self, items: Callable[[Any], Any]) -> np.ndarray:
-        """Return the probabilities (pictures, classes), float32, of the data set that `items` makes of a transform."""
+        """Return the probabilities (pictures, classes) of `items(transform)`; raise RunError unless they are finite."""
         self.model.eval()
         transform = create_transform(**self.data_config, is_training=False)
         probabilities = []
@@ -206,6 +211,8 @@ class Classifier:
             with self._autocast():
                 logits = self.model(pictures.to(self.options.device))
             probabilities.append(logits.float().softmax(1).cpu().numpy())
+        if not all(np.isfinite(part).all() for part in probabilities):
+            raise RunError(f"the predictions are not finite; {NOT_FINITE}")
         return np.concatenate(probabilities)
 
     def to_safetensors(self, class_names: Sequence[str]) -> bytes:
@@ -215,24 +222,13 @@ class Classifier:
         return save(tensors, {name: json.dumps(value, ensure_ascii=False) for name, value in metadata.items()})
 
     def _loader(self, items: Any, **batches: Any) -> DataLoader[Any]:
-        is_cuda = self.options.device.startswith("cuda")
-        workers = self.options.num_workers
+        workers, is_cuda = self.options.num_workers, self.options.device.startswith("cuda")
         return DataLoader(items, **batches, num_workers=workers, pin_memory=is_cuda, generator=torch.Generator())
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.dtype == "float32":
             return contextlib.nullcontext()
         return torch.autocast(torch.device(self.options.device).type, getattr(torch, self.options.dtype))
-
-
-def explain_loading(weights: Path, picture: Path) -> str:
-    """Return the lines of Python that name the class of a picture by the weights of a classifier."""
-    return f"""\
-import json; import timm; from PIL import Image; from safetensors.torch import safe_open, load_file
-about = {{key: json.loads(text) for key, text in safe_open({str(weights)!r}, "pt").metadata().items()}}
-model = timm.create_model(**about["model"]).eval(); model.load_state_dict(load_file({str(weights)!r}))
-picture = timm.data.create_transform(**about["transform"])(Image.open({str(picture)!r}).convert("RGB"))
-print(about["class_names"][int(model(picture[None]).argmax())])"""
 
 
 def check_model(name: str) -> None:
@@ -286,7 +282,10 @@ def seed_global_state(seed: int, device: str = "cpu") -> None:
     random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow, and remembers every call for a GPU
     if device.startswith("cuda"):
-        torch.cuda.manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device == "mps":
+        torch.mps.manual_seed(seed)
 
 
 @contextlib.contextmanager

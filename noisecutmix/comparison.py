@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,16 @@ def plot_accuracies(summary: dict[str, dict[str, Any]], title: str) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
     return content.getvalue()
+
+
+def explain_loading(weights: Path, picture: Path) -> str:
+    """Return the lines of Python that name the class of a picture by the weights of a classifier."""
+    return f"""\
+import json; import timm; from PIL import Image; from safetensors.torch import safe_open, load_file
+about = {{key: json.loads(text) for key, text in safe_open({str(weights)!r}, "pt").metadata().items()}}
+model = timm.create_model(**about["model"]).eval(); model.load_state_dict(load_file({str(weights)!r}))
+picture = timm.data.create_transform(**about["transform"])(Image.open({str(picture)!r}).convert("RGB"))
+print(about["class_names"][int(model(picture[None]).argmax())])"""
 
 
 def _verdict(difference: float, error: float | None) -> str:

@@ -196,6 +196,31 @@ def test_changed_pictures_are_refused_by_name(folder):
         classify(folder, "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
 
 
+def test_changed_augmented_pictures_are_refused_by_name(folder):
+    arguments = ["--augmented=ours=aug", "--rows", "none", "cutmix", "--epochs=1", "--seeds=1"]
+    classify(folder, *arguments)
+    shutil.copy(folder / "aug" / "image" / "gen_0001.png", folder / "aug" / "image" / "gen_0000.png")
+    with pytest.raises(InputError, match="--output_dir: out holds a comparison with another augmented"):
+        classify(folder, *arguments)
+
+
+def test_a_start_that_fails_leaves_a_folder_that_can_be_used(folder, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    arguments = ["--rows", "none", "cutmix", "--epochs=1", "--seeds=1"]
+    with monkeypatch.context() as context, pytest.raises(OSError, match="No space"):
+        context.setattr("noisecutmix.files.create_file", fail)
+        classify(folder, *arguments)
+    classify(folder, *arguments)
+
+
+def test_predictions_that_are_not_finite_are_no_result(folder):
+    with pytest.raises(RunError, match=r"not finite; use a lower --learning_rate or --dtype=bfloat16"):
+        classify(folder, "--rows", "none", "cutmix", "--batch_size=24", "--epochs=1", "--learning_rate=1e6")
+    assert not list((folder / "out" / "results").glob("*.json"))
+
+
 def test_pictures_in_training_and_test_are_counted(folder, capsys):
     for number in range(2):
         shutil.copy(folder / "test" / NAMES[0] / f"{number}.png", folder / "train" / NAMES[1] / f"leak{number}.png")
@@ -305,11 +330,15 @@ def test_weights_are_saved_after_a_comparison_without_them(folder):
         (["--keep=0"], "--keep: has to be a number from 0.01 to 1"),
         (["--dtype=float16"], "--dtype: float16 needs cuda"),
         (["--test_dir=broken"], "broken.*0.png cannot be read"),
+        (["--augmented=ours=damaged"], "damaged.*gen_0003.png cannot be read"),
+        (["--batch_size=1"], "--model: test_byobnet cannot train on 1 pictures of 32x32: "),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(folder, arguments, message):
     write_augmented(folder / "unfinished", complete=False)
     write_augmented(folder / "others", names=["red kite", "wren", "grey heron"])
+    damaged = write_augmented(folder / "damaged") / "image" / "gen_0003.png"
+    damaged.write_bytes(damaged.read_bytes()[:500])
     write_colours(folder / "broken", 1, seed=3)
     (folder / "broken" / "red kite" / "0.png").write_bytes(b"no picture")
     for name, classes in (("few", NAMES[:2]), ("more", [*NAMES, "wren"]), ("hollow", NAMES)):
@@ -356,16 +385,23 @@ def test_the_number_of_pictures_that_the_generator_saw_is_read_from_its_checkpoi
     from noisecutmix.record import fingerprint_checkpoint
 
     shutil.copytree(tiny_checkpoint, folder / "tuned")
-    (folder / "tuned" / "finetune.json").write_text(json.dumps({"options": {"num_pictures": 12}}))
+    (folder / "tuned" / "finetune.json").write_text(json.dumps({"options": {"num_pictures": 12, "seed": 0}}))
     run_file = folder / "aug" / "run.json"
     content = json.loads(run_file.read_text())
     content["ckpt_path"] = str(folder / "tuned")
     content["options"]["checkpoint"] = fingerprint_checkpoint(folder / "tuned")
     run_file.write_text(json.dumps(content))
-    rows = classify(folder, "--augmented=ours=aug", "--seeds=1", "--epochs=1", "--rows", "none", "cutmix", "ours")[
-        "rows"
-    ]
+    arguments = ["--augmented=ours=aug", "--seeds=1", "--epochs=1", "--rows", "none", "cutmix", "ours"]
+    rows = classify(folder, *arguments)["rows"]
     assert rows["ours"]["real_pictures_of_generator"] == 12 and rows["none"]["real_pictures_of_generator"] == 0
+    # the pictures of a generator that was fine-tuned with the same seed are not among the test pictures
+    arguments += [flag for flag in QUICK if not flag.startswith("--test_dir")]
+    for seed in (0, 1):
+        output = f"--output_dir=seed{seed}"
+        with as_command_line("ckpts/classify.py", *arguments, f"--seed={seed}", output, folder=folder) as main:
+            main()
+        text = (folder / f"seed{seed}" / "results.md").read_text(encoding="utf-8")
+        assert ("has seen them" in text) == (seed == 1)
 
 
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
