@@ -20,7 +20,7 @@ from .pictures import inspect_photo
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
-UNMEANT_FOLDERS = ("@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found")
+SYSTEM_FOLDERS = ("@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found")
 SPLITS = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([ _-]?(set|split|images))?\d*")
 
 
@@ -83,9 +83,9 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
     if walk.unused:
         kinds = ", ".join(f"{count} {kind}" for kind, count in walk.unused.most_common(4))
         notes.append(f"{walk.unused.total()} files are not pictures of a supported type ({kinds}); they are not used")
-    if walk.unmeant:
-        names = ", ".join(sorted(walk.unmeant)[:4])
-        notes.append(f"{walk.unmeant.total()} hidden and system folders and files ({names}) are not used")
+    if walk.hidden:
+        names = ", ".join(sorted(walk.hidden)[:4])
+        notes.append(f"{walk.hidden.total()} hidden and system folders and files ({names}) are not used")
     loose = [path for path, is_folder in entries if not is_folder and path.suffix.lower() in SUFFIXES + ARCHIVES]
     if loose:
         notes.append(f"{len(loose)} pictures and archives lie beside the class folders; they are not used")
@@ -166,7 +166,7 @@ class _Walk:
 
     def __init__(self, root: Path):
         self.unused: collections.Counter[str] = collections.Counter()  # files, by type
-        self.unmeant: collections.Counter[str] = collections.Counter()  # by name
+        self.hidden: collections.Counter[str] = collections.Counter()  # by name
         self._entered: dict[object, Path] = {}  # by device and inode
         self._root = root
         self._resolved_root = root.resolve()
@@ -201,8 +201,8 @@ class _Walk:
         entries = []
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             path = Path(entry.path)
-            if _is_unmeant(entry.name):
-                self.unmeant[entry.name] += 1
+            if _is_hidden(entry.name):
+                self.hidden[entry.name] += 1
                 continue
             if entry.is_symlink() and not path.exists():
                 raise InputError(f"{path} is a link to nothing; repair or remove it")
@@ -241,7 +241,7 @@ def _check_names(root: Path, folders: list[Path]) -> None:
 
 def _check_splits(root: Path, folders: list[Path]) -> None:
     """Raise an InputError if the folders are splits of a data set, which hold the class folders."""
-    inner = [{e.name: e.is_dir() for e in os.scandir(folder) if not _is_unmeant(e.name)} for folder in folders]
+    inner = [{e.name: e.is_dir() for e in os.scandir(folder) if not _is_hidden(e.name)} for folder in folders]
     have_same_classes = len(inner[0]) > 1 and all(all(names.values()) and names == inner[0] for names in inner)
     if have_same_classes or sum(bool(SPLITS.fullmatch(folder.name.lower())) for folder in folders) > 1:
         chosen = next((folder for folder in folders if folder.name.lower().startswith("train")), folders[0])
@@ -249,8 +249,8 @@ def _check_splits(root: Path, folders: list[Path]) -> None:
         raise InputError(f"the folders in {root} ({names}) are splits, not classes; give one of them, such as {chosen}")
 
 
-def _is_unmeant(name: str) -> bool:
-    return name.startswith(".") or name.lower() in UNMEANT_FOLDERS
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
 def _random_key(seed: int, root: Path, file: Path) -> bytes:

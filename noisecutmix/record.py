@@ -107,7 +107,7 @@ def describe_run(options: argparse.Namespace, device: str) -> dict[str, Any]:
         **describe_program(),
         "data_name": options.data_name,
         "model": options.model,
-        "ckpt_path": str(options.ckpt_path),
+        "ckpt_path": str(options.ckpt_path.absolute()),
         "batch_size": options.batch_size,
         "device": device,
         "compile": options.compile,

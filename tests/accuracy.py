@@ -144,7 +144,7 @@ class Experiment:
             if not (checkpoint / "preview.png").exists():  # written last
                 run_script("ckpts/finetune.py", f"--data_dir={shifted}", f"--output_dir={checkpoint}", *finetuning)
             self.draw_sets(place, f"--data_name={checkpoint}")
-            self.classify(place, pictures, labels, place / "answer", 2 * self.options.seeds)
+            self.classify(place, pictures, labels, place / "answer", 4 * self.options.seeds)
 
     def use_subset(self, folder: Path) -> None:
         """Train a whole generator on few digits, and compare classifiers of the same ones."""
@@ -341,7 +341,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--work_dir", type=Path, default=Path("outputs/accuracy"), metavar="DIR", help="folder to write into")
     parts = "trained generators whose columns are measured, beside the bundled one"
     add("--parts", nargs="*", choices=TRAINED, default=TRAINED, metavar="PART", help=parts)
-    add("--seeds", type=count, default=10, metavar="N", help="classifiers a row and generator; twice in the halves")
+    seeds = "classifiers a row and generator; four times as many in the halves"
+    add("--seeds", type=count, default=5, metavar="N", help=seeds)
     add("--classifier_steps", type=count, default=500, metavar="N", help="least number of training steps of each")
     add("--num_aug", type=count, default=500, metavar="N", help="pictures a generated set")
     add("--generator_steps", type=count, default=2000, metavar="N", help="UNet steps of a base model")

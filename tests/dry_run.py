@@ -17,7 +17,7 @@ from random_models import Shape
 GIGABYTE = 10**9
 TERAFLOP = 10**12
 BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-TRAIN_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+TRAIN_BATCH_SIZES = (2, 4, 8, 16, 32)
 CARDS = (8, 12, 16, 24, 80)  # GB of memory
 # what a card needs besides live tensors: the CUDA context and the libraries' code; then, in proportion to the
 # activations, copies and workspaces inside the kernels, and what the allocator rounds up or cannot use again

@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_module, offline_environment
+from accelerate.state import AcceleratorState
+from conftest import ROOT, as_command_line, load_module, offline_environment
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -37,7 +38,8 @@ def test_overview_equals_the_output_of_its_script(tmp_path):
 def test_training_writes_a_checkpoint_that_draws(tmp_path):
     from noisecutmix import NoiseCutMixGenerator
 
-    run("ckpts/digits/train.py", "--output_dir=demo", "--steps=4", folder=tmp_path)
+    with as_command_line("ckpts/digits/train.py", "--output_dir=demo", "--steps=4", folder=tmp_path) as main:
+        main()
     generator = NoiseCutMixGenerator(
         device="cpu",
         data_name="digits",
@@ -52,14 +54,27 @@ def test_training_writes_a_checkpoint_that_draws(tmp_path):
     assert not {image.tobytes() for image in test_images} & {image.tobytes() for image in train_images}
 
 
-def test_accuracy_prints_every_row(tmp_path):
+def test_accuracy_prints_every_row(tmp_path, monkeypatch, capsys):
+    accuracy, scripts = load_module(ROOT / "tests" / "accuracy.py"), []
+
+    def run_here(script, *arguments, **_):
+        """Run a script in this process, since each start of another one takes ten seconds."""
+        scripts.append(script)
+        with as_command_line(script, *arguments, folder=tmp_path) as main:
+            main()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
     flags = ["--parts", "half_1", "--seeds=1", "--classifier_steps=1", "--num_aug=8", "--generator_steps=4"]
-    first, second = (run("tests/accuracy.py", "--work_dir=work", *flags, folder=tmp_path) for _ in range(2))
-    report = first[first.index("| none | mixup | cutmix | stable_diffusion | noisecutmix | cutmix+noisecutmix |") :]
-    assert second.endswith(report) and "augmentation.py" not in second  # nothing is drawn or trained again
+    monkeypatch.setattr(accuracy, "run_script", run_here)
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", f"--work_dir={tmp_path / 'work'}", *flags])
+    accuracy.main()
+    output, done = capsys.readouterr().out, len(scripts)
+    report = output[output.index("| none | mixup | cutmix | stable_diffusion | noisecutmix | cutmix+noisecutmix |") :]
+    accuracy.main()
+    assert capsys.readouterr().out.endswith(report) and len(scripts) == done  # nothing is drawn or trained again
     columns = json.loads((tmp_path / "work" / "accuracy.json").read_text())["accuracy"]
     counts = {column: {len(row["top1"]) for row in rows.values()} for column, rows in columns.items()}
-    half = {f"{count} a class, zero to four": {2} for count in (10, 20)}
+    half = {f"{count} a class, zero to four": {4} for count in (10, 20)}
     assert counts == {**half, "10 a class, generator knows all": {1}, "all": {1}}
     assert (tmp_path / "work" / "label_fit.png").is_file()
 

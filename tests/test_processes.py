@@ -15,7 +15,7 @@ import time
 
 import psutil
 import pytest
-from conftest import LONGEST_WAIT, ROOT, command, files_of, load_module, run_to_the_end, wait_for_images
+from conftest import LONGEST_WAIT, ROOT, command, files_of, load_module, wait_for_images
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -288,19 +288,6 @@ def test_two_processes_of_accelerate_draw_what_one_draws(whole, start, tmp_path,
     assert process.returncode == 0, errors
     assert output.count("out is complete: 20 items") == 1  # only the first process prints
     assert files_of(tmp_path / "out") == files_of(whole)
-
-
-@pytest.mark.slow
-def test_one_process_continues_after_one_of_two_was_killed(start, tmp_path, tiny_arguments):
-    flags = [*tiny_arguments, "--num_inference_steps=20"]
-    (tmp_path / "whole").mkdir()
-    run_to_the_end(tmp_path / "whole", flags, 300)
-    arguments = command("augmentation.py", *flags, "--num_aug=300", "--output_dir=out")
-    two = [start(arguments, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    wait_for_images(tmp_path / "out", 30, two[0])
-    two[1].kill()
-    end(two[0])
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole" / "out")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
