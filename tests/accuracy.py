@@ -51,7 +51,7 @@ CLASSIFIER = [
     *("--no_random_flip", "--probability=0.5", "--learning_rate=0.1", f"--batch_size={BATCH_SIZE}"),
     *("--num_workers=0", "--device=cpu"),
 ]
-FINETUNING = [  # as in README's example
+FINETUNING = [  # as in README's example, but for batches of 32
     *("--meta_class=digit", "--resolution=32", "--train_batch_size=32", "--learning_rate=5e-3"),
     *("--token_learning_rate=5e-3", "--lr_scheduler=cosine", "--no_random_flip", "--device=cpu"),
 ]
