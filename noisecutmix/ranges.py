@@ -4,7 +4,7 @@ import contextlib
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from .errors import InputError
 
@@ -54,11 +54,6 @@ RANGES = {
     "resolution": Range(int, 1, 8192),
     "seed": Range(int, 0, 2**63 - 1),
 }
-
-
-def is_whole_number(value: object) -> TypeGuard[int]:
-    """Return whether `value` is an integer of Python or numpy, and not a bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_guidance_interval(low: float, high: float) -> None:
