@@ -8,7 +8,8 @@ Any number of processes may fill one folder, started by a launcher, by a job arr
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from noisecutmix import cli, script
@@ -51,14 +52,13 @@ def draw_missing(
     """
     from tqdm import tqdm
 
-    from noisecutmix.files import BackgroundWriter
-
     rank, count = script.rank_and_count()
     missing = folder.find_missing(range(folder.num_items), verify)
     begins_share = len(missing) == folder.num_items and (is_new or count > 1)
     seconds, waits = 0.0, False  # for a block
     bar = tqdm(total=len(missing), unit="image", disable=not script.is_first_process())
-    with BackgroundWriter(folder.write) as writer, bar:
+    writing: Iterator[None] = iter(())  # threads write a block while the device draws the next one
+    with ThreadPoolExecutor(8) as pool, bar:
         while missing:
             bar.total = bar.n + -(-len(missing) // count)  # the share of this process
             blocks = order_blocks(missing, batch_size, rank, count, begins_share)
@@ -78,9 +78,11 @@ def draw_missing(
                 block = folder.find_missing(block, verify)
                 if not block:
                     break  # another process has drawn it at the same time
-                writer.submit([(item, image) for item, image in zip(items, images) if item.index in block])
+                list(writing)  # wait, and raise the error of a thread
+                wanted = [pair for pair in zip(items, images) if pair[0].index in block]
+                writing = pool.map(lambda pair: folder.write(*pair), wanted)
                 bar.update(len(block))
-            writer.wait()
+            list(writing)
             begins_share = False
             missing = folder.find_missing(missing, verify) or folder.find_missing(range(folder.num_items))
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this reposito
 
 from noisecutmix import script
 from noisecutmix.classes import FINETUNE_FILE, comparison_key
-from noisecutmix.cli import Parser, as_device, as_number, as_path, as_text, check_text
+from noisecutmix.cli import Parser, as_device, as_number, as_path, as_text
 from noisecutmix.errors import InputError, RunError, is_out_of_memory
 from noisecutmix.files import atomic_file, check_writable, create_file, write_png
 from noisecutmix.photos import Photos, check_photos, find_photos, split_photos
@@ -143,8 +143,6 @@ def as_named_folder(text: str) -> tuple[str, Path]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return checked options; `augmented` is a dict of folders. Raises InputError."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    check_text(arguments)
     options = create_parser().parse_args(arguments)
     names = [name for name, _ in options.augmented]
     if len({name.lower() for name in names}) < len(names):

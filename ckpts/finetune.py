@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this reposito
 
 from noisecutmix import record, script
 from noisecutmix.classes import META_CLASSES, STABLE_DIFFUSION, Classes
-from noisecutmix.cli import Parser, as_device, as_model, as_number, as_path, as_text, check_model, check_text
+from noisecutmix.cli import Parser, as_device, as_model, as_number, as_path, as_text, check_model
 from noisecutmix.errors import InputError, RunError, is_out_of_memory
 from noisecutmix.files import check_writable, write_png
 from noisecutmix.photos import Photos, check_photos, find_photos
@@ -99,8 +99,6 @@ def create_parser() -> argparse.ArgumentParser:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return checked options. Raises InputError."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    check_text(arguments)
     options = create_parser().parse_args(arguments)
     check_model(options.model, options.resolution)
     if Path(options.model).is_dir():

@@ -72,6 +72,7 @@ def load_pipeline(
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
     pipe.name2placeholder = {normalise(name): placeholder for name, placeholder in name2placeholder.items()}
+    pipe.placeholder2name = {placeholder: name for name, placeholder in pipe.name2placeholder.items()}
     return pipe
 
 

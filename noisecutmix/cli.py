@@ -1,17 +1,15 @@
 """The flags of the two scripts, and all checks of them that need no torch."""
 
 import argparse
-import difflib
 import functools
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .classes import DEFAULT_PROMPT, META_CLASSES, check_prompt, comparison_key, has_lone_surrogate, load_classes
+from .classes import DEFAULT_PROMPT, META_CLASSES, check_prompt, comparison_key, load_classes
 from .errors import InputError
 from .files import check_writable
 from .ranges import RANGES, Range, check_guidance_interval, check_resolution
@@ -82,6 +80,8 @@ def as_number(valid: Range) -> Callable[[str], Any]:
 def as_text(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty; omit the flag for its default")
+    if text != text.encode(errors="ignore").decode():  # Python decodes invalid bytes as lone surrogates
+        raise argparse.ArgumentTypeError(f"{text!a} is not valid text; rename or retype it in UTF-8")
     return text
 
 
@@ -117,13 +117,15 @@ def _create_parser(description: str) -> tuple[Parser, Any]:
 def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model and classes")
     data_sets = f"{', '.join(META_CLASSES)}, a .json file of your classes, or a folder that ckpts/finetune.py wrote"
-    model.add_argument("--data_name", default="cub", metavar="NAME", help=f"{data_sets} (default: %(default)s)")
+    model.add_argument(
+        "--data_name", type=as_text, default="cub", metavar="NAME", help=f"{data_sets} (default: %(default)s)"
+    )
     default_checkpoint = "(default: ckpts/NAME/shot-1-lora-rank10, or the folder given as --data_name)"
     model.add_argument("--ckpt_path", type=as_path, metavar="DIR", help=f"Diff-Mix checkpoint {default_checkpoint}")
     models = "hub id, id@revision or local diffusers folder (default: the data set's)"
     model.add_argument("--model", type=as_model, metavar="MODEL", help=f"base model: {models}")
     prompt_help = "template of the prompts (default: %(default)s)"
-    model.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=prompt_help)
+    model.add_argument("--prompt", type=as_text, default=DEFAULT_PROMPT, metavar="TEXT", help=prompt_help)
 
     method = parser.add_argument_group("method")
     _add_number(method, "alpha", 1.0, "A", "parameter of CutMix's Beta(alpha, alpha)")
@@ -158,8 +160,6 @@ def _add_number(group: Any, name: str, default: float | None, metavar: str, mean
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """Return checked options, with the data set's defaults filled in. Raises InputError."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    check_text(arguments)
     options = parser.parse_args(arguments)
     classes = options.classes = load_classes(options.data_name)
     options.model = options.model or classes.model
@@ -187,16 +187,6 @@ def check_model(model: str, resolution: int) -> None:
     check_resolution(resolution, read_vae_factor(model))
 
 
-def check_text(arguments: list[str]) -> None:
-    """Check that all arguments are valid text. Raises InputError."""
-    flag = ""
-    for argument in arguments:
-        if argument.startswith("--"):
-            flag = argument.partition("=")[0]
-        if has_lone_surrogate(argument):
-            raise InputError(f"{ascii(flag)[1:-1]}: {argument!a} is not valid text; rename or retype it in UTF-8")
-
-
 def _find_class(flag: str, wanted: str | None, names: tuple[str, ...]) -> int | None:
     if wanted is None:
         return None
@@ -206,6 +196,5 @@ def _find_class(flag: str, wanted: str | None, names: tuple[str, ...]) -> int | 
         return by_key[key]
     if re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < len(names):
         return int(wanted)
-    close = [names[by_key[match]] for match in difflib.get_close_matches(key, by_key, n=3)]
-    hint = f"did you mean {', '.join(close)}?" if close else f"give a name or a number from 0 to {len(names) - 1}"
-    raise InputError(f"{flag}: {wanted!r} is no class of the data set; {hint}")
+    examples = f"give a name, such as {names[0]}, or a number from 0 to {len(names) - 1}"
+    raise InputError(f"{flag}: {wanted!r} is no class of the data set; {examples}")

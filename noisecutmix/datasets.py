@@ -1,10 +1,7 @@
 """Output folders as torch data sets, alone and mixed with real pictures."""
 
-import contextlib
-import json
 import operator
 import os
-import re
 import shlex
 from collections.abc import Callable
 from functools import cached_property
@@ -18,7 +15,7 @@ from torch.utils.data import Dataset
 
 from .errors import InputError
 from .ranges import Range
-from .record import LABELS_FILE, METADATA_FILE, PREFIXES, RUN_FILE, Record, count_digits, item_file_name
+from .record import LABELS_FILE, METADATA_FILE, PREFIXES, RUN_FILE, Record, item_file_name
 
 LARGEST_SUM_ERROR = 0.01  # of a soft label; float16 of 200 classes stays well below
 
@@ -99,36 +96,15 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         return record
 
     def _check_files(self, num_planned: int) -> None:
-        """Raise an InputError if a file is missing, or the files do not fit each other."""
+        """Raise an InputError if a file is missing."""
         if not all((self.root / name).is_file() for name in (METADATA_FILE, LABELS_FILE)):
             done = sum(1 for _ in (self.root / "image").glob(f"{PREFIXES['image']}_*.png"))
             raise self._unfit(f"the data set is not complete, {done} of {num_planned} items are done", "continue")
-        num_items, num_rows = len(self), 0
-        digits, template = f"%0{count_digits(num_items)}d", item_file_name("image", num_items)
-        as_written = b'{"file_name": "%s", "' % template.encode()
-        try:
-            with open(self.root / METADATA_FILE, "rb") as lines:
-                for num_rows, line in enumerate(lines, start=1):
-                    if num_rows > num_items:  # while a data set grows, its labels are written last
-                        break
-                    index = num_rows - 1
-                    # most lines are as augmentation.py wrote them, and need not be parsed as JSON
-                    is_as_written = line.startswith(as_written % index) and line.endswith(b"}\n")
-                    if not is_as_written and json.loads(line)["file_name"] != template % index:
-                        raise ValueError(f"row {num_rows} is not of {template % index}")
-        except (ValueError, LookupError, TypeError) as error:
-            raise self._unfit(f"{METADATA_FILE} is damaged") from error
-        if num_rows < num_items:
-            raise self._unfit(f"{LABELS_FILE} has {num_items} rows, {METADATA_FILE} {num_rows}")
-        is_there = np.zeros(num_items, dtype=bool)
-        name = re.compile(re.escape(template.partition("/")[2]).replace(digits, f"([0-9]{{{digits[2:-1]}}})"))
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root / "image") as entries:
-            for entry in entries:  # to list the folder once is cheaper than to look for each file
-                match = name.fullmatch(entry.name)
-                if match and int(match[1]) < num_items and entry.is_file():
-                    is_there[int(match[1])] = True
-        if not is_there.all():
-            raise self._unfit(f"{template % is_there.argmin()} is missing")
+        there = set(os.listdir(self.root / "image"))  # to list the folder once is cheaper than to look for each file
+        template = item_file_name("image", len(self))
+        for index in range(len(self)):
+            if (template % index).removeprefix("image/") not in there:
+                raise self._unfit(f"{template % index} is missing")
 
     def _unfit(self, problem: str, remedy: str = "repair") -> InputError:
         return InputError(f"{self.root}: {problem}; {remedy} with: {self._command}")

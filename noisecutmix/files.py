@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, written while the device draws; PNG files."""
+"""Files that are either whole or absent; PNG files."""
 
 import contextlib
 import io
@@ -8,10 +8,9 @@ import struct
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo, putchunk
@@ -124,34 +123,6 @@ def decode_png(file: Path) -> Image.Image | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     return image
-
-
-class BackgroundWriter:
-    """Threads that write one batch while the device draws the next.
-
-    `submit`, `wait` and leaving the context raise the error of a thread. Leaving waits until everything is written.
-    """
-
-    def __init__(self, write: Callable[[Any, Any], None]):
-        self._write = write
-        self._pool = ThreadPoolExecutor(8)
-        self._pending: Iterator[None] = iter(())
-
-    def submit(self, batch: Iterable[tuple[Any, Any]]) -> None:
-        """Wait until the previous batch is written, then start to write this one: pairs of arguments of `write`."""
-        self.wait()
-        self._pending = self._pool.map(lambda pair: self._write(*pair), batch)
-
-    def wait(self) -> None:
-        list(self._pending)
-
-    def __enter__(self) -> "BackgroundWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown()
-        if kind is None:
-            self.wait()
 
 
 def check_writable(folder: Path) -> None:

@@ -8,8 +8,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,23 +49,21 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
 
     Raises:
         InputError: there are not at least two classes, a class has no picture, two folders have the same name, the
-            folders are splits rather than classes, or a link leads nowhere or to a folder that is used already.
+            folders are splits rather than classes, or a link leads nowhere or to a picture of another class.
     """
     if not root.is_dir():
         raise InputError(f"`{flag}`: {root} is {'a file' if root.exists() else 'not there'}; give a folder")
     try:
         walk = _Walk(root)
-        entries = walk.list(root)
+        entries = walk.entries(root)
         folders = [path for path, is_folder in entries if is_folder]
         _check_names(root, folders)
         _check_splits(root, folders)
         files: list[Path] = []
         labels: list[int] = []
         num_small = 0
-        for folder in folders:
-            walk.enter(folder)
         for label, folder in enumerate(folders):
-            of_class = sorted(walk.pictures(folder))
+            of_class = walk.pictures(folder, label)
             if not of_class:
                 raise InputError(f"{folder} holds no picture ({', '.join(SUFFIXES)}); add some or delete it")
             if examples_per_class is not None:
@@ -162,41 +158,15 @@ def check_photos(photos: Photos, resolution: int | None = None) -> tuple[str, ..
 
 
 class _Walk:
-    """Lists folders, each one once, and counts what is not used."""
+    """Lists the pictures of the class folders, each one once, and counts what is not used."""
 
     def __init__(self, root: Path):
         self.unused: collections.Counter[str] = collections.Counter()  # files, by type
         self.hidden: collections.Counter[str] = collections.Counter()  # by name
-        self._entered: dict[object, Path] = {}  # by device and inode
-        self._root = root
-        self._resolved_root = root.resolve()
-        for folder in (self._resolved_root, *self._resolved_root.parents):
-            self.enter(folder)
+        self._root = root.resolve()
+        self._found: dict[Path, tuple[int, Path]] = {}  # label and path of each picture, by the path without links
 
-    def enter(self, folder: Path) -> bool:
-        """Return whether the folder is entered for the first time.
-
-        Raises:
-            InputError: it is a link to a folder that contains it, or that another class has.
-        """
-        status = folder.stat()
-        # some network drives of Windows number no files
-        key = (status.st_dev, status.st_ino) if status.st_ino else folder.resolve()
-        other = self._entered.setdefault(key, folder)
-        if other == folder:
-            return True
-        if other in folder.parents or self._class_of(other) != self._class_of(folder):
-            raise InputError(f"{folder} leads to {other}, which is used already; remove the link")
-        return False
-
-    def _class_of(self, path: Path) -> str | None:
-        """Return the name of the class folder that a path lies in or is, None outside of all."""
-        for root in (self._root, self._resolved_root):
-            if path.is_relative_to(root) and path != root:
-                return path.relative_to(root).parts[0]
-        return None
-
-    def list(self, folder: Path) -> list[tuple[Path, bool]]:
+    def entries(self, folder: Path) -> list[tuple[Path, bool]]:
         """Return (path, whether it is a folder) of what is used in a folder, sorted by name."""
         entries = []
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -209,17 +179,34 @@ class _Walk:
             entries.append((path, entry.is_dir()))
         return entries
 
-    def pictures(self, folder: Path) -> Iterator[Path]:
-        """Yield the pictures below a folder that has been entered."""
-        for path, is_folder in self.list(folder):
-            if is_folder:
-                yield from self.pictures(path) if self.enter(path) else ()
-            elif path.suffix.lower() in SUFFIXES and stat.S_ISREG(path.stat().st_mode):
-                if path.is_symlink() and self._class_of(path.resolve()) not in (None, self._class_of(path)):
-                    raise InputError(f"{path} is a link to a picture of another class; remove it")
-                yield path
-            else:
-                self.unused[path.suffix.lower() or path.name] += 1
+    def pictures(self, class_folder: Path, label: int) -> list[Path]:
+        """Return the pictures below the folder of a class, sorted.
+
+        Raises:
+            InputError: a link leads to nothing, to a folder around the classes, or to a picture of another class.
+        """
+        found, entered, folders = [], set(), [class_folder]
+        while folders:
+            folder = folders.pop()
+            real_folder = folder.resolve()
+            if real_folder in (self._root, *self._root.parents):
+                raise InputError(f"{folder} leads to {real_folder}, which holds the class folders; remove the link")
+            if real_folder in entered:
+                continue
+            entered.add(real_folder)
+            for path, is_folder in self.entries(folder):
+                if is_folder:
+                    folders.append(path)
+                elif path.suffix.lower() in SUFFIXES and path.is_file():
+                    real_path = path.resolve() if path.is_symlink() else real_folder / path.name
+                    other_label, other = self._found.setdefault(real_path, (label, path))
+                    if other_label != label:
+                        raise InputError(f"{path} and {other}, of another class, are the same file; remove the link")
+                    if other == path:
+                        found.append(path)
+                else:
+                    self.unused[path.suffix.lower() or path.name] += 1
+        return sorted(found)
 
 
 def _check_names(root: Path, folders: list[Path]) -> None:

@@ -1,21 +1,22 @@
 """NoiseCutMix: two prompts' noise estimates, merged under a mask at every denoising step."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from .errors import RunError, is_out_of_memory
-from .inputs import Mask, Prompt, count_prompts, to_mask_pictures
+from .errors import RunError
 from .ranges import RANGES, Range, check_guidance_interval
 
 DECODED_AT_ONCE = 8
+
+Mask = Image.Image | np.ndarray | torch.Tensor
+Prompt = str | list[str]
 
 
 class NonFiniteImageError(RunError):
@@ -35,35 +36,12 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "mask"]
+    # the token of each class name and the reverse, set by `load_pipeline`
+    name2placeholder: dict[str, str]
+    placeholder2name: dict[str, str]
     # a callback written for StableDiffusionPipeline may read these
     _clip_skip = None
     _cross_attention_kwargs = None
-
-    def __init__(
-        self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers, safety_checker: object, feature_extractor: object,
-        image_encoder: object = None, requires_safety_checker: bool = True,
-        name2placeholder: Optional[dict[str, str]] = None,  # noqa: UP045 (diffusers 0.35 does not know X | None)
-    ):  # fmt: skip
-        super().__init__(
-            vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
-            requires_safety_checker,
-        )  # fmt: skip
-        self.name2placeholder = name2placeholder or {}
-
-    @property
-    def name2placeholder(self) -> dict[str, str]:
-        """The token of each class name. `save_pretrained` writes it into model_index.json."""
-        return self.config.name2placeholder  # type: ignore[no-any-return]  # diffusers leaves it untyped
-
-    @name2placeholder.setter
-    def name2placeholder(self, names: dict[str, str]) -> None:
-        self.register_to_config(name2placeholder=dict(names))
-
-    @property
-    def placeholder2name(self) -> dict[str, str]:
-        """The class name of each token."""
-        return {placeholder: name for name, placeholder in self.name2placeholder.items()}
 
     @torch.no_grad()
     def __call__(
@@ -129,10 +107,11 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         factor = self.vae_scale_factor
         if height % factor or width % factor:
             raise ValueError(f"`height` and `width` have to be multiples of {factor} but are {height} and {width}.")
-        batch_size = count_prompts(
-            {"prompt_1": prompt_1, "prompt_2": prompt_2, "negative_prompt": negative_prompt},
-            {"prompt_1": prompt_1_embeds, "prompt_2": prompt_2_embeds, "negative_prompt": negative_prompt_embeds},
-        )
+        if (prompt_1 is None) == (prompt_1_embeds is None):
+            raise ValueError("Give either `prompt_1` or `prompt_1_embeds`.")
+        for prompt, embeds in ((prompt_2, prompt_2_embeds), (negative_prompt, negative_prompt_embeds)):
+            if prompt is not None and embeds is not None:
+                raise ValueError("Give `prompt_2` and `negative_prompt` either as texts or as embeds.")
         is_mixed = prompt_2 is not None or prompt_2_embeds is not None
         if is_mixed != (mask is not None):
             raise ValueError("Give `prompt_2` and `mask` together: one mask for each prompt.")
@@ -141,25 +120,31 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         device = self._execution_device
         self._guidance_scale = guidance_scale
         self._interrupt = False
-        num_images = batch_size * num_images_per_prompt
 
         # 3. Encode the prompts
         prompt_embeds, uncond_embeds = self.encode_prompt(
             prompt_1, device, num_images_per_prompt, guidance_scale > 1, negative_prompt,
             prompt_embeds=prompt_1_embeds, negative_prompt_embeds=negative_prompt_embeds,
         )  # fmt: skip
+        all_embeds = [prompt_embeds]
         if is_mixed:
-            embeds_2, _ = self.encode_prompt(
+            all_embeds += self.encode_prompt(
                 prompt_2, device, num_images_per_prompt, False, prompt_embeds=prompt_2_embeds
-            )
-            prompt_embeds = torch.cat([prompt_embeds, embeds_2])  # (2B, tokens, width)
+            )[:1]
         if guidance_scale > 1:
-            prompt_embeds = torch.cat([prompt_embeds, uncond_embeds])  # (3B, tokens, width)
+            all_embeds.append(uncond_embeds)
+        if len(shapes := {tuple(embeds.shape) for embeds in all_embeds}) > 1:
+            raise ValueError(
+                "`prompt_2` and `negative_prompt` have to be as many as `prompt_1`, "
+                f"but the shapes of the encoded prompts are {shapes}."
+            )
+        num_images = len(prompt_embeds)
+        prompt_embeds = torch.cat(all_embeds)  # (3B, tokens, width)
 
         # 4. Prepare the masks: (B, 1, h, w), 1 where prompt_1 counts, smooth at the border
         latent_mask = None
         if mask is not None:
-            masks = to_mask_pictures(mask, batch_size, height, width)
+            masks = _to_mask_pictures(mask, num_images // num_images_per_prompt, height, width)
             latent_mask = self.mask_processor.preprocess(masks, height=height // factor, width=width // factor)
             latent_mask = latent_mask.repeat_interleave(num_images_per_prompt, dim=0).to(device, prompt_embeds.dtype)
 
@@ -211,7 +196,13 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
                     tensors |= {} if latent_mask is None else {"mask": latent_mask}
                     chosen = {name: tensors[name] for name in tensor_names}
-                    tensors |= _check_changes(callback_on_step_end(self, i, t, chosen) or {}, tensors)
+                    for name, tensor in (callback_on_step_end(self, i, t, chosen) or {}).items():
+                        if tensor.shape != tensors[name].shape:
+                            raise ValueError(
+                                f"`callback_on_step_end` may not change the shape of `{name}`: to end guidance early, "
+                                "use `guidance_interval`."
+                            )
+                        tensors[name] = tensor
                     latents, prompt_embeds, latent_mask = (
                         tensors["latents"], tensors["prompt_embeds"], tensors.get("mask"),
                     )  # fmt: skip
@@ -252,27 +243,43 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         """Return the pictures (B, 3, height, width), -1 to 1, or raise NonFiniteImageError."""
         # in parts: from a batch of 32 on, tensors of 512x512 pictures have 2^31 elements, which some kernels refuse
         parts = (latents / self.vae.config.scaling_factor).split(DECODED_AT_ONCE)
-        while True:
-            try:
-                decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
-                break
-            except RuntimeError as error:
-                if self.vae.use_slicing or len(latents) == 1 or not is_out_of_memory(error):
-                    raise
-            self.vae.enable_slicing()  # outside the handler, where the memory of the failed attempt is free
+        decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
         is_finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
         if not all(is_finite):
             raise NonFiniteImageError([index for index, finite in enumerate(is_finite) if not finite], decoded.dtype)
         return decoded
 
 
-def _check_changes(changed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what a callback changed; raise a ValueError for other names and shapes."""
-    for name, tensor in changed.items():
-        if name not in tensors or tensor.shape != tensors[name].shape:
-            kept = " and ".join(f"`{name}` {tuple(tensors[name].shape)}" for name in tensors)
-            raise ValueError(
-                f"`callback_on_step_end` returned `{name}` {tuple(tensor.shape)} but may change only {kept}: to end "
-                "guidance early, use `guidance_interval`."
-            )
-    return changed
+def _to_mask_pictures(mask: Mask | list[Mask], batch_size: int, height: int, width: int) -> list[Image.Image]:
+    """Return one "L" picture for each prompt, so that every kind of mask is resized to the latents in the same way.
+
+    Raises:
+        ValueError: there are not as many masks as prompts, or one is transparent or has a wrong shape or range.
+    """
+    masks = list(mask) if isinstance(mask, (np.ndarray, torch.Tensor)) and mask.ndim == 3 else mask
+    masks = masks if isinstance(masks, list) else [masks]
+    if len(masks) != batch_size:
+        raise ValueError(f"`mask` has to hold {batch_size}, one for each prompt, but holds {len(masks)}.")
+    return [_to_mask_picture(one, height, width) for one in masks]
+
+
+def _to_mask_picture(mask: Mask, height: int, width: int) -> Image.Image:
+    if isinstance(mask, Image.Image) and mask.has_transparency_data:
+        raise ValueError(
+            f"`mask` of mode {mask.mode} has transparency, so its white area is not clear; "
+            'give mask.getchannel("A") if its shape lies in the alpha channel, else mask.convert("RGB").'
+        )
+    if isinstance(mask, torch.Tensor):
+        mask = mask.detach().cpu().float() if mask.is_floating_point() else mask.cpu()  # numpy has no bfloat16
+    holds_levels = isinstance(mask, Image.Image) and not mask.mode.startswith(("F", "I"))  # F, I and I;16 hold numbers
+    values = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) and holds_levels else mask)
+    if values.shape != (height, width):
+        raise ValueError(f"`mask` has to have the shape (height, width) = {height, width} but has {values.shape}.")
+    if values.dtype == np.uint8:
+        if not holds_levels and values.max() == 1:
+            raise ValueError("`mask` of uint8 has a range of 0 to 255 but its largest value is 1: give bool or float.")
+        return Image.fromarray(values)
+    values = values.astype(np.float32)
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError(f"`mask` has to lie within 0 to 1 but reaches from {values.min()} to {values.max()}.")
+    return Image.fromarray(np.uint8(np.round(values * 255)))

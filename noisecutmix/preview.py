@@ -90,7 +90,7 @@ def _outline(image: Image.Image, item: Item) -> Image.Image:
 def _fit_caption(start: str, class_name: str, label: int) -> tuple[str, Font]:
     """Return a caption of at most the picture's width, and its font; "class 17" for a name that no font can show."""
     name = unicodedata.normalize("NFC", " ".join(class_name.split()))
-    file = next((file for file in FONTS if _can_show(file, name)), None)
+    file = next((file for file in FONTS if name.isprintable() and _can_show(file, name)), None)
     if file is None:
         file, name = BUILT_IN, f"class {label}"
     text = f"{start} {name}".strip()
@@ -106,27 +106,20 @@ def _fit_caption(start: str, class_name: str, label: int) -> tuple[str, Font]:
 
 @functools.lru_cache
 def _load_font(file: str, size: int) -> Font:
-    with contextlib.suppress(ImportError):  # a Pillow without FreeType has one font of one size
-        if file == BUILT_IN:
-            return ImageFont.load_default(size)
-        # not every Pillow has the other layout engine, and captions shall look the same everywhere
-        return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
-    return ImageFont.load_default()
+    if file == BUILT_IN:
+        return ImageFont.load_default(size)
+    # not every Pillow has the other layout engine, and captions shall look the same everywhere
+    return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _can_show(file: str, text: str) -> bool:
-    """Return whether a font has a glyph for each letter, none of them a mark or written from right to left."""
-    if text.isascii() and text.isprintable():
-        return True
-    try:
-        font = _load_font(file, FONT_SIZES[0])
-    except OSError:  # the font is not installed
-        return False
-    if file == BUILT_IN or not isinstance(font, ImageFont.FreeTypeFont):
-        return False
-    missing = bytes(font.getmask("\uffff"))  # U+FFFF is not a character: this draws the box for a missing glyph
-    is_simple = all(
-        unicodedata.bidirectional(letter) not in ("R", "AL") and not unicodedata.category(letter).startswith("M")
-        for letter in text
-    )
-    return is_simple and all(bytes(font.getmask(letter)) != missing for letter in text)
+    """Return whether a font is installed and shows a text: the built-in one ASCII, the others also these alphabets."""
+    if file == BUILT_IN:
+        return text.isascii()
+    with contextlib.suppress(OSError):  # the font is not installed
+        _load_font(file, FONT_SIZES[0])
+        return all(
+            letter.isascii() or unicodedata.name(letter, "").startswith(("LATIN", "GREEK", "CYRILLIC"))
+            for letter in text
+        )
+    return False

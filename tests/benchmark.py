@@ -41,7 +41,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,6 @@ from transformers.utils import logging as transformers_logging
 from noisecutmix import NoiseCutMixGenerator, NoiseCutMixPipeline, load_pipeline
 from noisecutmix.classes import DEFAULT_PROMPT, EMBEDDINGS_FILE, LORA_FILE, load_classes
 from noisecutmix.cli import positive_int
-from noisecutmix.files import BackgroundWriter
 from noisecutmix.folder import OutputFolder
 from noisecutmix.plan import Item, Plan
 from noisecutmix.record import item_file_name
@@ -190,13 +189,16 @@ class ScriptsWay:
     def run(self, items: list[Item], folder: OutputFolder, write: Callable[..., None] | None = None) -> None:
         start = time.perf_counter()
         self.seconds_waiting = 0.0
-        with BackgroundWriter(write or folder.write) as writer:
+        writing: Iterator[None] = iter(())
+        with ThreadPoolExecutor(8) as pool:
             for batch in split(items, self.setup.batch_size):
                 images = self.generator.draw(batch)
                 drawn = time.perf_counter()
-                writer.submit(zip(batch, images))
+                list(writing)
+                writing = pool.map(write or folder.write, batch, images)
                 self.seconds_waiting += time.perf_counter() - drawn
             self.seconds_drawing = time.perf_counter() - start
+            list(writing)
 
 
 def picture_path(folder: OutputFolder, part: str, item: Item) -> Path:

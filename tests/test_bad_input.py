@@ -109,10 +109,10 @@ CASES = {
     "device unknown": (BOTH, ["--device=gpu"], "--device: has to be cuda, cuda:N, mps or cpu"),
     "dtype unknown": (BOTH, ["--dtype=float8"], "--dtype: invalid choice: 'float8'"),
     "prompt without name": (BOTH, ["--prompt=a photo of a bird"], "--prompt: has to be a template with {name}"),
-    "prompt with unknown field": (BOTH, ["--prompt={name} {place}"], "{place} is unknown"),
-    "prompt with attribute": (BOTH, ["--prompt={name.__class__}"], "{name.__class__} is unknown"),
+    "prompt with unknown field": (BOTH, ["--prompt={name} {place}"], "has to be a template"),
+    "prompt with attribute": (BOTH, ["--prompt={name.__class__}"], "has to be a template"),
     "prompt with a lone brace": (BOTH, ["--prompt={name} {"], "--prompt: has to be a template"),
-    "prompt with a format": (BOTH, ["--prompt={name:>99}"], "without a format"),
+    "prompt with a format": (BOTH, ["--prompt={name:.3}"], "has to be a template"),
     "model a missing folder": (BOTH, ["--model=./nowhere"], "--model: ./nowhere is no folder, and no id on the hub"),
     "model a file": (BOTH, ["--model=/etc/passwd"], "--model: /etc/passwd is a single file; convert it once"),
     "model empty": (BOTH, ["--model="], "--model: is empty"),
@@ -134,7 +134,11 @@ CASES = {
     "output below a file": (BOTH, ["--output_dir=a_file/deeper"], "is a file; choose a folder"),
     "seed negative": (BOTH, ["--seed=-1"], "--seed: has to be a whole number from 0 to"),
     "seed too large": (BOTH, [f"--seed={2**63}"], "--seed: "),
-    "target class unknown": (BOTH[1:], ["--target_class=fiv"], "'fiv' is no class of the data set; did you mean five"),
+    "target class unknown": (
+        BOTH[1:],
+        ["--target_class=fiv"],
+        "'fiv' is no class of the data set; give a name, such as zero",
+    ),
     "aug class out of range": (BOTH[1:], ["--aug_class=10"], "'10' is no class of the data set"),
     "class of 5,000 digits": (BOTH[1:], ["--target_class=" + "1" * 5000], "--target_class: "),
     "classes the same": (BOTH[1:], ["--target_class=3", "--aug_class=three"], "--aug_class: 'three' is the target"),
@@ -195,20 +199,13 @@ def test_a_missing_checkpoint_is_reported_with_its_folder(folder):
     assert "shot-1-lora-rank10 does not exist; download or train a Diff-Mix checkpoint" in done.stderr
 
 
-TEXT_FLAGS = [
-    *("--output_dir", "--data_name", "--ckpt_path", "--model", "--prompt", "--device", "--dtype", "--seed"),
-    *("--target_class", "--aug_class", "--num_gen"),
-]
-
-
 INVALID_TEXT = "caf\udce9"  # Python's name for the bytes of "café" in Latin-1
 
 
-@pytest.mark.parametrize("flag", TEXT_FLAGS)
-def test_invalid_text_is_refused_in_every_flag(flag):
-    for arguments in ([f"{flag}={INVALID_TEXT}"], [flag, INVALID_TEXT]):
-        with pytest.raises(InputError, match=rf"^{flag}: '.*caf\\udce9' is not valid text; "):
-            cli.parse_generation(["--data_name=digits", *arguments])
+@pytest.mark.parametrize("flag", ["--output_dir", "--data_name", "--ckpt_path", "--model", "--prompt"])
+def test_invalid_text_is_refused_where_it_would_be_recorded(flag):
+    with pytest.raises(InputError, match=rf"^{flag}: '.*caf\\udce9' is not valid text; "):
+        cli.parse_generation(["--data_name=digits", f"{flag}={INVALID_TEXT}"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="arguments are no bytes there")

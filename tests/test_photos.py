@@ -189,16 +189,18 @@ def test_pictures_and_archives_beside_the_classes_are_counted(root):
 
 
 LINKS = {
-    "to its own folder": ("red kite/red kite", "red kite", "leads to .*red kite, which is used already"),
-    "to a folder that contains it": ("red kite/deep/up", "red kite", "leads to .*red kite, which is used already"),
-    "to all classes": ("red kite/all", "", "leads to .*birds, which is used already"),
-    "to another class": ("red kite/more", "blue jay", "leads to .*blue jay, which is used already"),
-    "to a folder of another class": ("red kite/more", "blue jay/deep", "red kite.more leads to .*blue jay.deep"),
-    "of a class to another": ("owl", "blue jay", "owl leads to .*blue jay, which is used already"),
+    "to all classes": ("red kite/all", "", "all leads to .*birds, which holds the class folders; remove the link"),
+    "to another class": ("red kite/more", "blue jay", r"red kite.more.0\.png and .*blue jay.0\.png, of another class"),
+    "to a folder of another class": ("red kite/more", "blue jay/deep", r"more.8\.png and .*deep.8\.png, of another"),
+    "of a class to another": ("owl", "blue jay", r"owl.\d\.png and .*blue jay.\d\.png, of another class, are the same"),
     "of a class to nothing": ("owl", "../nowhere", "owl is a link to nothing; repair or remove it"),
     "of a folder to nothing": ("red kite/more", "../nowhere", "more is a link to nothing"),
-    "of a picture to another class": ("red kite/9.png", "blue jay/0.png", r"9\.png is a link to a picture of another"),
-    "to what contains all classes": ("red kite/up", "..", "up leads to .*, which is used already"),
+    "of a picture to another class": (
+        "red kite/9.png",
+        "blue jay/0.png",
+        r"red kite.9\.png and .*blue jay.0\.png, of another",
+    ),
+    "to what contains all classes": ("red kite/up", "..", "up leads to .*, which holds the class folders"),
     "of a picture to nothing": ("red kite/9.png", "../nowhere", r"9\.png is a link to nothing"),
 }
 
@@ -219,7 +221,7 @@ def test_a_link_that_would_mislabel_or_repeat_pictures_is_refused_by_name(root, 
 def test_two_links_that_form_a_loop_are_refused(root):
     (root / "red kite" / "x").symlink_to(root / "blue jay")
     (root / "blue jay" / "y").symlink_to(root / "red kite")
-    with pytest.raises(InputError, match="which is used already"):
+    with pytest.raises(InputError, match="of another class, are the same file"):
         find_photos(root)
 
 
@@ -230,8 +232,19 @@ def test_links_to_pictures_and_folders_elsewhere_are_used_once(root, tmp_path):
     (tmp_path / "elsewhere" / "deep").mkdir()
     shutil.copy(root / "blue jay" / "0.png", tmp_path / "elsewhere" / "deep" / "9.png")
     (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere" / "deep")
-    (root / "grey heron" / "8.png").symlink_to(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "elsewhere")
+    (root / "grey heron" / "8.png").symlink_to(root.parent / "single.png")
+    shutil.copy(root / "blue jay" / "0.png", tmp_path / "single.png")
     assert find_photos(root).labels == (0,) * 3 + (1,) * 4 + (2,) * 4
+
+
+@ON_POSIX
+def test_a_link_to_a_picture_that_another_class_links_to_is_refused(root, tmp_path):
+    shutil.move(root / "red kite", tmp_path / "elsewhere")
+    (root / "red kite").symlink_to(tmp_path / "elsewhere")
+    (root / "grey heron" / "8.png").symlink_to(tmp_path / "elsewhere" / "0.png")
+    with pytest.raises(InputError, match=r"red kite.0\.png and .*grey heron.8\.png, of another class, are the same"):
+        find_photos(root)
 
 
 @ON_POSIX

@@ -12,7 +12,6 @@ from diffusers.callbacks import (
 )
 from PIL import Image
 
-from noisecutmix import NoiseCutMixPipeline
 from noisecutmix.errors import InputError
 from noisecutmix.pipeline import NonFiniteImageError
 
@@ -318,34 +317,16 @@ def test_diffusers_callbacks_get_the_tensors_that_they_ask_for(tiny_pipeline):
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (SDCFGCutoffCallback(0.5), r"`prompt_embeds` \(1, .*use `guidance_interval`"),
-        (MultiPipelineCallbacks([SDCFGCutoffCallback(0.0)]), r"`prompt_embeds` \(1, .*use `guidance_interval`"),
+        (SDCFGCutoffCallback(0.5), "shape of `prompt_embeds`: .*use `guidance_interval`"),
+        (MultiPipelineCallbacks([SDCFGCutoffCallback(0.0)]), "shape of `prompt_embeds`: .*use `guidance_interval`"),
         (SDXLCFGCutoffCallback(0.5), "add_text_embeds"),
-        (lambda *_: {"latents": torch.zeros(1, 4, 1, 1)}, r"`latents` \(1, 4, 1, 1\)"),
-        (lambda *_: {"negative_prompt_embeds": torch.zeros(1, 24, 32)}, "`negative_prompt_embeds`"),
+        (lambda *_: {"latents": torch.zeros(1, 4, 1, 1)}, "shape of `latents`"),
+        (lambda *_: {"negative_prompt_embeds": torch.zeros(1, 24, 32)}, "negative_prompt_embeds"),
     ],
 )
 def test_a_callback_that_does_not_fit_is_named(tiny_pipeline, callback, message):
     with pytest.raises((ValueError, KeyError), match=message):
         draw(tiny_pipeline, callback_on_step_end=callback)
-
-
-def test_class_tokens_survive_saving_and_loading(tiny_pipeline, tmp_path):
-    tiny_pipeline.save_pretrained(tmp_path)
-    again = NoiseCutMixPipeline.from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
-    assert again.name2placeholder == tiny_pipeline.name2placeholder
-    assert again.name2placeholder["blue jay"] == "<class_1>"
-    assert again.placeholder2name["<class_1>"] == "blue jay"
-    assert again.components.keys() == tiny_pipeline.components.keys()
-    assert_same(draw(again), draw(tiny_pipeline))
-    again.name2placeholder = {"owl": "<class_0>"}
-    again.save_pretrained(tmp_path / "again")
-    assert NoiseCutMixPipeline.from_pretrained(tmp_path / "again").placeholder2name == {"<class_0>": "owl"}
-
-
-def test_a_model_without_learned_classes_has_no_names(tiny_model):
-    assert NoiseCutMixPipeline.from_pretrained(tiny_model, safety_checker=None).name2placeholder == {}
 
 
 @pytest.mark.parametrize(("spacing", "most"), [("linspace", 999), ("leading", 998)])
@@ -384,26 +365,6 @@ def test_a_picture_that_is_not_finite_is_an_error(tiny_pipeline):
     assert "float32" in str(caught.value) and "bfloat16" not in str(caught.value)
 
 
-def test_the_decoder_falls_back_to_slices_when_memory_is_short(tiny_pipeline, monkeypatch):
-    arguments = {
-        "prompt_1": [PROMPT_1] * 3,
-        "prompt_2": [PROMPT_2] * 3,
-        "mask": [left_half()] * 3,
-        "generator": generators(3),
-        "output_type": "pt",
-    }
-    expected = draw(tiny_pipeline, **{**arguments, "generator": generators(3)})
-    forward = tiny_pipeline.vae.decoder.forward
-
-    def short_of_memory(sample, *rest, **named):
-        if len(sample) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(sample, *rest, **named)
-
-    monkeypatch.setattr(tiny_pipeline.vae.decoder, "forward", short_of_memory)
-    assert_same(draw(tiny_pipeline, **arguments), expected)
-
-
 def test_a_scheduler_that_draws_noise_takes_it_from_the_generator(tiny_pipeline):
     tiny_pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(tiny_pipeline.scheduler.config)
     before = torch.random.get_rng_state()
@@ -418,12 +379,14 @@ def test_a_scheduler_that_draws_noise_takes_it_from_the_generator(tiny_pipeline)
         ({"prompt_1": None}, ValueError, "prompt_1"),
         ({"prompt_2": None}, ValueError, "prompt_2"),
         ({"mask": None}, ValueError, "mask"),
-        ({"prompt_1": [PROMPT_1] * 2, "prompt_2": [PROMPT_2]}, ValueError, "`prompt_2` has to hold 2"),
-        ({"prompt_1": [], "prompt_2": [], "mask": []}, ValueError, "prompt_1"),
+        ({"prompt_1": [PROMPT_1] * 2, "prompt_2": [PROMPT_2]}, ValueError, "`prompt_2` and .* as many as"),
+        ({"prompt_2": [PROMPT_2] * 2}, ValueError, "`prompt_2` and .* as many as"),
+        ({"prompt_2": None, "prompt_2_embeds": torch.zeros(2, 24, 32)}, ValueError, "`prompt_2` and .* as many as"),
+        ({"prompt_1": [PROMPT_1] * 2, "prompt_2": [PROMPT_2] * 2, "negative_prompt": "x"}, TypeError, "negative_prompt"),
         ({"prompt_1_embeds": torch.zeros(1, 24, 32)}, ValueError, "prompt_1_embeds"),
         ({"negative_prompt": "", "negative_prompt_embeds": torch.zeros(1, 24, 32)}, ValueError, "`negative_prompt`"),
-        ({"negative_prompt": ["a", "b"]}, ValueError, "`negative_prompt` has to hold 1"),
-        ({"negative_prompt_embeds": torch.zeros(2, 24, 32)}, ValueError, "`negative_prompt` has to hold 1"),
+        ({"negative_prompt": ["a", "b"]}, TypeError, "negative_prompt"),
+        ({"negative_prompt_embeds": torch.zeros(2, 24, 32)}, ValueError, "`negative_prompt` have to be as many as"),
         ({"mask": [left_half()] * 2}, ValueError, "`mask` has to hold 1, one for each prompt, but holds 2"),
         ({"mask": Image.new("L", (8, 16))}, ValueError, "(16, 16)"),
         ({"mask": np.zeros((0, 0))}, ValueError, "(16, 16)"),

@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
-from PIL._util import DeferredError
 
 from noisecutmix import preview
 from noisecutmix.plan import Item
@@ -34,9 +33,7 @@ def a_font_with_letters():
         pytest.skip("no font with all letters is installed")
 
 
-@pytest.mark.parametrize(
-    "name", ["Vögelchen", "Žluťoučký", "Зимородок", "Αλκυόνα", "café", "Łabędź", "Ærø", "İbibik", "½ €"]
-)
+@pytest.mark.parametrize("name", ["Vögelchen", "Žluťoučký", "Зимородок", "Αλκυόνα", "café", "Łabędź", "Ærø", "İbibik"])
 def test_each_letter_is_drawn(a_font_with_letters, name):
     """A missing glyph would be drawn as a box, the same for every such letter."""
     shown = caption(name)
@@ -78,14 +75,3 @@ def test_captions_stay_below_their_pictures(name):
 def test_a_long_name_is_shown_as_truncated():
     fits = "W" * 10
     assert caption("W" * 200) == caption("W" * 300) != caption(fits)
-
-
-def test_a_pillow_without_freetype_still_draws(monkeypatch):
-    preview._load_font.cache_clear()
-    monkeypatch.setattr(ImageFont, "core", DeferredError(ImportError("The _imagingft C module is not installed")))
-    assert caption("Vögelchen", label=17) == caption("class 17", label=17)
-    assert caption("Cardinal") != caption("class 0")
-    captions = draw(["a name of many words " * 5] * 2, copies=4)
-    assert (captions[:, SIDE + MARGIN : SIDE + 2 * MARGIN] == 255).all()
-    monkeypatch.undo()
-    preview._load_font.cache_clear()
