@@ -13,7 +13,7 @@ from PIL import Image
 from .errors import RunError
 from .ranges import RANGES, Range, check_guidance_interval
 
-DECODED_AT_ONCE = 8
+PIXELS_AT_ONCE = 2**19  # in one call of the VAE, two pictures of 512x512: more need more memory and are hardly faster
 
 Mask = Image.Image | np.ndarray | torch.Tensor
 Prompt = str | list[str]
@@ -241,8 +241,8 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the pictures (B, 3, height, width), -1 to 1, or raise NonFiniteImageError."""
-        # in parts: from a batch of 32 on, tensors of 512x512 pictures have 2^31 elements, which some kernels refuse
-        parts = (latents / self.vae.config.scaling_factor).split(DECODED_AT_ONCE)
+        pixels = latents[0, 0].numel() * self.vae_scale_factor**2  # of a picture
+        parts = (latents / self.vae.config.scaling_factor).split(max(1, PIXELS_AT_ONCE // pixels))
         decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
         is_finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
         if not all(is_finite):

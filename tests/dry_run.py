@@ -37,7 +37,6 @@ class Usage:
     """What a batch costs: floating-point operations a picture, and bytes of live tensors besides the weights.
 
     loop, decoder: the denoising loop's and the decoding's, to 8-bit pictures.
-    one_decoded_bytes: the decoding's where it takes one picture at a time.
     """
 
     batch_size: int
@@ -46,16 +45,14 @@ class Usage:
     weights_bytes: int
     loop_bytes: int
     decoder_bytes: int
-    one_decoded_bytes: int
 
     @property
     def teraflops(self) -> float:
         return (self.loop_flops + self.decoder_flops) / TERAFLOP
 
-    def fits(self, card: int, decodes_one_by_one: bool) -> bool:
+    def fits(self, card: int) -> bool:
         """Return whether a card of so many GB has room for it and for the reserve."""
-        decoder_bytes = self.one_decoded_bytes if decodes_one_by_one else self.decoder_bytes
-        return needed_bytes(self.weights_bytes, max(self.loop_bytes, decoder_bytes)) <= card * GIGABYTE
+        return needed_bytes(self.weights_bytes, max(self.loop_bytes, self.decoder_bytes)) <= card * GIGABYTE
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,6 @@ def compute_drawing(
         for batch_size in batch_sizes:
             card.start()
             generator.draw(list(generator.plan.items(batch_size)))
-            decoder_bytes = card.activations("decoder", "around")
-            one_decoded_bytes = max(usages[0].decoder_bytes, card.activations("around")) if usages else decoder_bytes
             usages.append(
                 Usage(
                     batch_size,
@@ -108,8 +103,7 @@ def compute_drawing(
                     card.flops["decoder"] / batch_size,
                     weights_bytes,
                     card.activations("loop"),
-                    decoder_bytes,
-                    one_decoded_bytes,
+                    card.activations("decoder", "around"),
                 )
             )
     return usages
@@ -196,17 +190,13 @@ def describe(usages: list[Usage], dtype: torch.dtype) -> str:
         f"a picture: {last.teraflops:.1f} TFLOP, {last.loop_flops / TERAFLOP:.2f} in the loop and "
         f"{last.decoder_flops / TERAFLOP:.2f} in the decoder",
         f"weights: {last.weights_bytes / GIGABYTE:.2f} GB",
-        "live tensors besides the weights, at most; the decoder takes eight pictures at a time, and one by one where "
-        "those do not fit:",
+        "live tensors besides the weights, at most; the decoder takes pictures of 512x512 two by two:",
         "",
         *align(
-            ["batch", "TFLOP a picture", "loop (GB)", "decoder (GB)", "one by one (GB)"],
+            ["batch", "TFLOP a picture", "loop (GB)", "decoder (GB)"],
             *(
                 [str(usage.batch_size), f"{usage.teraflops:.2f}"]
-                + [
-                    f"{size / GIGABYTE:.2f}"
-                    for size in (usage.loop_bytes, usage.decoder_bytes, usage.one_decoded_bytes)
-                ]
+                + [f"{size / GIGABYTE:.2f}" for size in (usage.loop_bytes, usage.decoder_bytes)]
                 for usage in usages
             ),
         ),
@@ -217,7 +207,6 @@ def describe(usages: list[Usage], dtype: torch.dtype) -> str:
         "use:",
         "",
         *align(["memory", *(f"{card} GB" for card in CARDS)], ["--batch_size", *by_card]),
-        *(["* decoded one by one"] if any("*" in batch for batch in by_card) else []),
     ]
     if dtype != torch.float32:
         lines += ["", "Bounds in pictures a second, from the tensor cores' dense float16 peak:", ""]
@@ -232,11 +221,8 @@ def describe(usages: list[Usage], dtype: torch.dtype) -> str:
 
 
 def largest_batch(usages: list[Usage], card: int) -> str:
-    """Return the largest batch that fits, marked where its decoder has to go one by one; "none" where none fits."""
-    fitting = [usage for usage in usages if usage.fits(card, decodes_one_by_one=True)]
-    if not fitting:
-        return "none"
-    return f"{fitting[-1].batch_size}{'' if fitting[-1].fits(card, decodes_one_by_one=False) else '*'}"
+    """Return the largest batch that fits, "none" where none fits."""
+    return str(max((usage.batch_size for usage in usages if usage.fits(card)), default="none"))
 
 
 def align(*rows: list[str]) -> list[str]:

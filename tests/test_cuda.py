@@ -45,8 +45,7 @@ def pipe(card, tmp_path_factory):
 
 @pytest.fixture
 def generator(pipe, tmp_path):
-    yield build_generator(pipe, SHAPES["sd15"], tmp_path, num_inference_steps=1, batch_size=16)
-    pipe.vae.disable_slicing()
+    return build_generator(pipe, SHAPES["sd15"], tmp_path, num_inference_steps=1, batch_size=16)
 
 
 @pytest.fixture
@@ -178,20 +177,11 @@ def test_the_host_reads_8_bit_pictures_once_and_little_else(drawn):
 
 def test_decoding_in_slices_takes_no_more_memory_for_more_pictures(generator, on_card):
     decoding = []
-    for count in (8, 16):
+    for count in (4, 12):
         on_card.start()
         generator.draw(items(generator, count))
         decoding.append(on_card.activations("decoder", "around"))
     assert decoding[1] < 1.05 * decoding[0]
-
-
-def test_a_card_too_small_for_the_decoder_decodes_one_by_one(generator, on_card, monkeypatch):
-    generator.draw(items(generator, 4))
-    loop, decoder = on_card.activations("loop"), on_card.activations("decoder")
-    assert loop < decoder
-    monkeypatch.setattr(on_card, "capacity", on_card.live + (loop + decoder) / 2)
-    assert len(generator.draw(items(generator, 4))) == 4
-    assert generator.batch_size == 16
 
 
 def test_a_card_too_small_for_the_batch_draws_half_batches(generator, on_card, monkeypatch, capsys):

@@ -382,7 +382,11 @@ def test_a_scheduler_that_draws_noise_takes_it_from_the_generator(tiny_pipeline)
         ({"prompt_1": [PROMPT_1] * 2, "prompt_2": [PROMPT_2]}, ValueError, "`prompt_2` and .* as many as"),
         ({"prompt_2": [PROMPT_2] * 2}, ValueError, "`prompt_2` and .* as many as"),
         ({"prompt_2": None, "prompt_2_embeds": torch.zeros(2, 24, 32)}, ValueError, "`prompt_2` and .* as many as"),
-        ({"prompt_1": [PROMPT_1] * 2, "prompt_2": [PROMPT_2] * 2, "negative_prompt": "x"}, TypeError, "negative_prompt"),
+        (
+            {"prompt_1": [PROMPT_1] * 2, "prompt_2": [PROMPT_2] * 2, "negative_prompt": "x"},
+            TypeError,
+            "negative_prompt",
+        ),
         ({"prompt_1_embeds": torch.zeros(1, 24, 32)}, ValueError, "prompt_1_embeds"),
         ({"negative_prompt": "", "negative_prompt_embeds": torch.zeros(1, 24, 32)}, ValueError, "`negative_prompt`"),
         ({"negative_prompt": ["a", "b"]}, TypeError, "negative_prompt"),

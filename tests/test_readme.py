@@ -3,11 +3,15 @@
 Blocks marked `sh gpu` need a GPU, downloads or a cluster; only their flags are checked.
 """
 
+import json
 import re
 import shlex
+import subprocess
 
+import numpy as np
 import pytest
-from conftest import ROOT, as_command_line, load_module
+from conftest import ROOT, command, load_module, offline_environment
+from PIL import Image
 
 from noisecutmix.cli import create_augmentation_parser, create_generation_parser
 
@@ -27,28 +31,67 @@ def script_commands(kind):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    """A working directory with outputs/digits, as after the first command of the README."""
+def first_command(tmp_path_factory):
+    """Run the README's first command; return the working directory and the completed process."""
     folder = tmp_path_factory.mktemp("readme")
-    arguments = ["--data_name=digits", "--num_aug=32", "--num_inference_steps=5", "--output_dir=outputs/digits"]
-    with as_command_line("augmentation.py", *arguments, folder=folder) as main:
-        main()
-    return folder
+    script, arguments = script_commands("sh")[0]
+    done = subprocess.run(
+        command(script, *arguments), cwd=folder, env=offline_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_the_first_command_writes_the_documented_files(first_command):
+    folder, done = first_command
+    assert done.stdout == "outputs/digits is complete: 32 items\n"
+    assert "image/s" in done.stderr  # of the progress bar; no warnings are printed
+    assert "Warning" not in done.stderr and "[transformers]" not in done.stderr
+
+    out = folder / "outputs" / "digits"
+    images = sorted(path.name for path in (out / "image").iterdir())
+    masks = sorted(path.name for path in (out / "mask").iterdir())
+    assert images == [f"gen_{i:04d}.png" for i in range(32)]
+    assert masks == [f"mask_{i:04d}.png" for i in range(32)]
+    labels = np.load(out / "soft_label.npy")
+    assert labels.dtype == np.float32 and labels.shape == (32, 10)
+    assert np.allclose(labels.sum(axis=1), 1, atol=1e-6)
+
+    lines = [json.loads(line) for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["file_name"] for line in lines] == [f"image/gen_{i:04d}.png" for i in range(32)]
+    for row, line in zip(labels, lines):
+        image, mask = Image.open(out / line["file_name"]), Image.open(out / line["mask_file_name"])
+        pixels = np.asarray(mask)
+        assert (image.mode, image.size) == ("RGB", (32, 32))
+        assert (mask.mode, mask.size) == ("L", (32, 32))
+        assert set(np.unique(pixels)) <= {0, 255}
+        left, top, right, bottom = line["box"]
+        assert (pixels[top:bottom, left:right] == 255).all()
+        assert (pixels == 255).mean() == pytest.approx(line["ratio"])
+        assert row[line["target_label"]] == pytest.approx(line["ratio"], abs=1e-6)
+        assert row[line["aug_label"]] == pytest.approx(1 - line["ratio"], abs=1e-6)
+        assert np.asarray(image).std() > 10  # something is drawn
+
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert run["num_aug"] == 32
+    assert run["options"]["guidance_scale"] == 7.5 and run["options"]["num_inference_steps"] == 25
+    assert {"torch", "diffusers", "noisecutmix"} <= run["versions"].keys()
+    assert Image.open(out / "preview.png").size[0] > 512
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_snippets_run(outputs, monkeypatch, number):
+def test_snippets_run(first_command, monkeypatch, number):
     code = PYTHON[number]
     assert len(code.splitlines()) <= 25
     if "ckpts/" in code:
         monkeypatch.chdir(ROOT)
     else:
-        monkeypatch.chdir(outputs)
+        monkeypatch.chdir(first_command[0])
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize(("script", "arguments"), script_commands("sh"))
-def test_commands_run(run_script, script, arguments):
+@pytest.mark.parametrize(("script", "arguments"), script_commands("sh")[1:])
+def test_the_other_commands_run(run_script, script, arguments):
     done = run_script(script, *arguments)
     assert done.returncode == 0, done.stderr
 

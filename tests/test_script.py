@@ -44,9 +44,12 @@ def run_python(code, *arguments, folder, **environment):
 
 
 @pytest.mark.parametrize(
-    ("way", "number", "status"), [("wraps", signal.SIGINT, 130), ("swallows", signal.SIGTERM, 143)]
+    ("way", "number", "status", "script"),
+    [
+        ("wraps", signal.SIGINT, 130, "augmentation.py"),
+        pytest.param("swallows", signal.SIGTERM, 143, "generation.py", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("script", ["augmentation.py", pytest.param("generation.py", marks=pytest.mark.slow)])
 def test_a_signal_that_a_library_catches_while_loading(tmp_path, tiny_arguments, way, number, status, script):
     arguments = [int(number), way, ROOT / script, *tiny_arguments, "--output_dir=out"]
     done = run_python(SIGNAL_WHILE_LOADING, *arguments, folder=tmp_path)
@@ -59,7 +62,7 @@ def test_a_signal_that_a_library_catches_while_loading(tmp_path, tiny_arguments,
 @ON_POSIX
 def test_the_same_signal_sent_twice_at_once_counts_as_one(start, tmp_path, tiny_arguments):
     """Launchers do so."""
-    process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
+    process = start(command("tests/simulated.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
     wait_for_images(tmp_path / "out", 8, process)
     for _ in range(10):
         process.send_signal(signal.SIGINT)
@@ -72,7 +75,7 @@ def test_the_same_signal_sent_twice_at_once_counts_as_one(start, tmp_path, tiny_
 
 @ON_POSIX
 def test_a_closed_pipe_is_no_failure(tmp_path, tiny_arguments):
-    arguments = " ".join(f"'{word}'" for word in command("augmentation.py", *tiny_arguments, "--output_dir=out"))
+    arguments = " ".join(f"'{word}'" for word in command("tests/simulated.py", *tiny_arguments, "--output_dir=out"))
     shell = f"set -o pipefail; {{ {arguments}; echo $? > status; }} 2>&1 | true"
     subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=offline_environment(), timeout=LONGEST_WAIT, check=False)
     assert (tmp_path / "status").read_text() == "0\n"
@@ -82,7 +85,7 @@ def test_a_closed_pipe_is_no_failure(tmp_path, tiny_arguments):
 @pytest.mark.slow
 @ON_POSIX
 def test_ctrl_c_keeps_its_status_when_the_pipe_is_closed_too(start, tmp_path, tiny_arguments):
-    process = start(command("augmentation.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
+    process = start(command("tests/simulated.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
     wait_for_images(tmp_path / "out", 8, process)
     process.stdout.close()
     process.stderr.close()
@@ -90,11 +93,11 @@ def test_ctrl_c_keeps_its_status_when_the_pipe_is_closed_too(start, tmp_path, ti
     assert process.wait(timeout=LONGEST_WAIT) == 130
 
 
-def test_letters_that_the_terminal_cannot_encode(run_script, tmp_path, tiny_arguments):
-    """--help, an error and the last line of a run show an escape sequence in place of such a letter."""
+def test_letters_that_the_terminal_cannot_encode(run_script):
+    """--help, which has an ellipsis, and an error show an escape sequence in place of such a letter."""
     environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = run_script("generation.py", "--help", environment=environment, errors="replace")
-    assert done.returncode == 0 and "--output_dir" in done.stdout
+    assert done.returncode == 0 and "\\u2026" in done.stdout
     done = run_script(
         "generation.py",
         "--data_name=digits",
@@ -104,17 +107,6 @@ def test_letters_that_the_terminal_cannot_encode(run_script, tmp_path, tiny_argu
         errors="replace",
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
-    done = run_script(
-        "generation.py",
-        *tiny_arguments,
-        "--num_gen=1",
-        "--output_dir=Žluťoučký",
-        environment=environment,
-        errors="replace",
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("wrote 1 pictures")
-    assert (tmp_path / "Žluťoučký" / "gen_0000.png").is_file()
 
 
 @pytest.mark.slow
@@ -128,9 +120,9 @@ def test_signals_at_many_moments_of_the_start(start, tmp_path, tiny_arguments):
     whole_start = time.monotonic() - whole_start
     process.kill()
     process.communicate()
-    for moment in range(6):
+    for moment in range(4):
         process = start(arguments)
-        time.sleep(0.3 + moment / 6 * whole_start)  # Python starts before the script does
+        time.sleep(0.3 + moment / 4 * whole_start)  # Python starts before the script does
         number = signal.SIGTERM if moment % 2 else signal.SIGINT
         process.send_signal(number)
         _, errors = process.communicate(timeout=LONGEST_WAIT)

@@ -1,4 +1,4 @@
-"""Both scripts, run as subprocesses, write the documented files."""
+"""What the flags of both scripts change."""
 
 import json
 import shutil
@@ -9,44 +9,6 @@ from conftest import CLASS_NAMES, as_command_line
 from PIL import Image
 
 from noisecutmix.errors import InputError
-
-
-def test_augmentation_of_digits_needs_no_other_flag(run_script, tmp_path):
-    done = run_script("augmentation.py", "--data_name=digits", "--num_aug=12", "--output_dir=out", "--device=cpu")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "out is complete: 12 items\n"
-    assert "image/s" in done.stderr  # of the progress bar; no warnings are printed
-    assert "Warning" not in done.stderr and "[transformers]" not in done.stderr
-
-    out = tmp_path / "out"
-    images = sorted(path.name for path in (out / "image").iterdir())
-    masks = sorted(path.name for path in (out / "mask").iterdir())
-    assert images == [f"gen_{i:04d}.png" for i in range(12)]
-    assert masks == [f"mask_{i:04d}.png" for i in range(12)]
-    labels = np.load(out / "soft_label.npy")
-    assert labels.dtype == np.float32 and labels.shape == (12, 10)
-    assert np.allclose(labels.sum(axis=1), 1, atol=1e-6)
-
-    lines = [json.loads(line) for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["file_name"] for line in lines] == [f"image/gen_{i:04d}.png" for i in range(12)]
-    for row, line in zip(labels, lines):
-        image, mask = Image.open(out / line["file_name"]), Image.open(out / line["mask_file_name"])
-        pixels = np.asarray(mask)
-        assert (image.mode, image.size) == ("RGB", (32, 32))
-        assert (mask.mode, mask.size) == ("L", (32, 32))
-        assert set(np.unique(pixels)) <= {0, 255}
-        left, top, right, bottom = line["box"]
-        assert (pixels[top:bottom, left:right] == 255).all()
-        assert (pixels == 255).mean() == pytest.approx(line["ratio"])
-        assert row[line["target_label"]] == pytest.approx(line["ratio"], abs=1e-6)
-        assert row[line["aug_label"]] == pytest.approx(1 - line["ratio"], abs=1e-6)
-        assert np.asarray(image).std() > 10  # something is drawn
-
-    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    assert run["num_aug"] == 12
-    assert run["options"]["guidance_scale"] == 7.5 and run["options"]["num_inference_steps"] == 25
-    assert {"torch", "diffusers", "noisecutmix"} <= run["versions"].keys()
-    assert Image.open(out / "preview.png").size[0] > 512
 
 
 def test_a_single_class_differs_in_mask_label_and_picture_alone(tmp_path, tiny_arguments, whole):
@@ -77,10 +39,10 @@ def test_generation_draws_a_single_class(tmp_path, tiny_arguments):
     assert pictures[0] != pictures[1]
 
 
-def test_generation_draws_the_requested_pair(run_script, tmp_path, tiny_arguments):
+def test_generation_draws_the_requested_pair(tmp_path, tiny_arguments):
     arguments = [*tiny_arguments, "--num_gen=3", "--target_class=Blue Jay", "--aug_class=0", "--output_dir=out"]
-    done = run_script("generation.py", *arguments)
-    assert done.returncode == 0, done.stderr
+    with as_command_line("generation.py", *arguments, folder=tmp_path) as main:
+        main()
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["gen_0000.png", "gen_0001.png", "gen_0002.png", "preview.png"]
     assert Image.open(tmp_path / "out" / "gen_0000.png").size == (16, 16)
