@@ -92,19 +92,23 @@ def order_blocks(
 ) -> list[Sequence[int]]:
     """Return the missing items of each block, in the order in which process `rank` of `count` draws the blocks.
 
-    A process begins at its own share, and continues into the next one. Later the processes spread over the blocks that
-    are left, at random, since those that were started by hand have no rank. The first two of each sequence of missing
-    blocks come in a later round, since they are probably being written and drawn. So hardly any block is drawn twice.
+    A process begins at its own share, and continues into the next one. Later it begins in the middle of the longest
+    sequence of missing blocks, behind the first two, which are probably being written and drawn: somewhere in the
+    middle, since processes that were started by hand have no rank. So hardly any block is drawn twice.
     """
     blocks: dict[int, list[int]] = {}
     for index in missing:
         blocks.setdefault(index // batch_size, []).append(index)
-    order, position = list(blocks), rank / count
+    order = list(blocks)
+    start = len(order) * rank // count
     if not begins_share:
-        not_first = [number for number in order if number - 1 in blocks]
-        order = [number for number in not_first if number - 2 in blocks] or not_first or order
-        position += random.Random().uniform(0.25, 0.75) / count
-    start = int(position * len(order))
+        rng = random.Random()
+        first = [place for place, number in enumerate(order) if number - 1 not in blocks]
+        lengths = [end - begin for begin, end in zip(first, [*first[1:], len(order)])]
+        longest = max(lengths)
+        start = rng.choice([place for place, length in zip(first, lengths) if length == longest])
+        being_drawn = min(2, longest - 1)
+        start += being_drawn + int((longest - being_drawn) * rng.uniform(0.25, 0.75))
     return [blocks[number] for number in order[start:] + order[:start]]
 
 

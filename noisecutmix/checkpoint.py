@@ -25,6 +25,7 @@ with quiet_libraries():  # transformers warns of missing packages that are not n
 
     from .pipeline import NoiseCutMixPipeline
 
+EMBEDDINGS_CONTENT = ("learned_embeds_dict", "name2placeholder")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Tensors = dict[str, torch.Tensor]
 
@@ -134,11 +135,10 @@ def _load_pickle(file: Path) -> Any:
 def _read_embeddings(file: Path) -> tuple[Tensors, dict[str, str]]:
     """Return (embedding by token, token by class name)."""
     content = _load_pickle(file)
-    if not isinstance(content, dict):
-        raise _refusal(file, " holds no dictionary; Diff-Mix writes one with learned_embeds_dict")
-    embeddings, name2placeholder = content.get("learned_embeds_dict"), content.get("name2placeholder")
-    if not isinstance(embeddings, dict) or not isinstance(name2placeholder, dict) or not embeddings:
-        raise _refusal(file, " lacks learned_embeds_dict or name2placeholder")
+    parts: list[Any] = [content.get(name) if isinstance(content, dict) else None for name in EMBEDDINGS_CONTENT]
+    if not all(isinstance(part, dict) and part for part in parts):
+        raise _refusal(file, f" holds no dictionary with {' and '.join(EMBEDDINGS_CONTENT)}, as Diff-Mix writes it")
+    embeddings, name2placeholder = parts
     for name, placeholder in name2placeholder.items():
         if not isinstance(name, str) or not isinstance(placeholder, str) or placeholder not in embeddings:
             raise _refusal(file, f" has no embedding {placeholder!r} for class {name!r}")

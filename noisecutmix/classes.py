@@ -8,10 +8,9 @@ import shlex
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from .errors import InputError
-from .ranges import RANGES
 
 META_CLASSES = {"cub": "bird", "flower": "flower", "aircraft": "aircraft", "digits": "digit"}
 DEFAULT_PROMPT = "a photo of a {name} {meta_class}"
@@ -20,7 +19,7 @@ CHECKPOINTS = Path(__file__).resolve().parent.parent / "ckpts"
 CLASS_NAMES = Path(__file__).resolve().parent / "class_names"
 LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"  # of a checkpoint
 CLASSES_FILE, FINETUNE_FILE = "classes.json", "finetune.json"  # written by ckpts/finetune.py, beside a checkpoint
-EXPECTED = 'expected {"classes": ["…", …], "meta_class": "…"}'
+EXPECTED = 'expected {"classes": ["…", "…", …], "meta_class": "…"}, with at least two names'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,35 +72,29 @@ def _read_finetuned(folder: Path) -> Classes:
     has_settings, has_classes = ((folder / name).is_file() for name in (FINETUNE_FILE, CLASSES_FILE))
     if not has_classes and not has_settings:
         raise InputError(f"`data_name`: {folder} has no {CLASSES_FILE}; give a folder that ckpts/finetune.py wrote")
-    settings = _read_object(folder / FINETUNE_FILE, 'expected {"model": "…", "resolution": …}')
+    settings = _read_object(folder / FINETUNE_FILE, "expected what ckpts/finetune.py writes")
     if not has_classes:
         command = shlex.join(map(str, settings.get("command") or ["python", "ckpts/finetune.py"]))
         raise InputError(f"`data_name`: the training in {folder} has no checkpoint yet; continue it with: {command}")
     classes = _read_classes(folder / CLASSES_FILE)
-    model, resolution = settings.get("model"), settings.get("resolution")
-    if not _is_text(model):
-        raise InputError(f'`data_name`: "model" is missing in {folder / FINETUNE_FILE}; run ckpts/finetune.py again')
-    try:
-        resolution = RANGES["resolution"].check("resolution", resolution)
-    except InputError as error:
-        raise InputError(f"`data_name`: {folder / FINETUNE_FILE}: {error}; run ckpts/finetune.py again") from error
+    model: Any = settings.get("model")
+    resolution: Any = settings.get("resolution")
+    if not _is_text(model) or type(resolution) is not int:
+        raise InputError(f"`data_name`: {FINETUNE_FILE} in {folder} lacks model or resolution; train again")
     return dataclasses.replace(classes, model=model, resolution=resolution, ckpt_path=folder)
 
 
 def _read_classes(path: Path) -> Classes:
     content = _read_object(path, EXPECTED)
-    names, meta_class = content.get("classes"), content.get("meta_class")
-    if not isinstance(names, list) or not all(map(_is_text, names)):
-        raise InputError(f'`data_name`: "classes" in {path} must be a list of names; {EXPECTED}')
-    if len(names) < 2:
-        raise InputError(f'`data_name`: "classes" in {path} needs at least two names to mix, it has {len(names)}')
+    names: Any = content.get("classes")
+    meta_class: Any = content.get("meta_class")
+    if not (isinstance(names, list) and len(names) > 1 and all(map(_is_text, [*names, meta_class]))):
+        raise InputError(f"`data_name`: {path} does not describe a data set; {EXPECTED}")
     repeated = find_repeated(names)
     if repeated:
         raise InputError(
             f"`data_name`: \"classes\" in {path} names {repeated!r} twice; case is ignored, '/' and '_' are spaces"
         )
-    if not _is_text(meta_class):
-        raise InputError(f'`data_name`: "meta_class" is missing in {path} or is not text; {EXPECTED}')
     return Classes(tuple(names), meta_class)
 
 
@@ -117,7 +110,7 @@ def _read_object(path: Path, expected: str) -> dict[str, Any]:
     return content
 
 
-def _is_text(value: object) -> TypeGuard[str]:
+def _is_text(value: object) -> bool:
     """Return whether a JSON value is a string that is not blank and can be encoded, so holds no lone surrogate."""
     return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors="ignore").decode()
 

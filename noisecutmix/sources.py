@@ -21,10 +21,8 @@ def find_checkpoint_files(ckpt_path: Path) -> tuple[Path, Path, Path]:
         InputError: there is no such folder, or the LoRA or the embeddings are missing or cannot be read.
     """
     hint = "download or train a Diff-Mix checkpoint (README), or give its folder with `ckpt_path`"
-    if not ckpt_path.exists():
-        raise InputError(f"`ckpt_path`: {ckpt_path} does not exist; {hint}")
     if not ckpt_path.is_dir():
-        raise InputError(f"`ckpt_path`: {ckpt_path} is a file; give the folder that holds it")
+        raise InputError(f"`ckpt_path`: {ckpt_path} {'is a file' if ckpt_path.exists() else 'does not exist'}; {hint}")
     lora, pickled = ckpt_path / LORA_FILE, (ckpt_path / LORA_FILE).with_suffix(".bin")
     lora = pickled if pickled.exists() and not lora.exists() else lora
     for file in (lora, ckpt_path / EMBEDDINGS_FILE):

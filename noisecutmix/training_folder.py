@@ -86,12 +86,9 @@ class TrainingFolder:
 
     def find_state(self) -> tuple[int, dict[str, Any]]:
         """Return (step, state) of the newest undamaged state, (0, {}) if there is none."""
-        import torch
-
         for step, file in sorted(self._states(), reverse=True):
             try:
-                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-                return step, state
+                return step, self.read_state(step)
             except Exception as error:  # a damaged pickle raises errors of many types
                 say(f"{file} is damaged and not used ({type(error).__name__})")
         return 0, {}

@@ -1,7 +1,8 @@
 """Measures how well processes that do not talk to each other share a data set.
 
 benchmark.py --processes prints this table. Eight processes draw with a simulated generator, one of them three times
-slower than the others. The ideal time is that of the sum of their speeds; the slowest one's last block comes on top.
+slower than the others. The ideal time is that of the sum of their speeds, each from its own start on; the slowest
+one's last block comes on top.
 """
 
 import os
@@ -24,22 +25,21 @@ def measure_processes() -> str:
     lines = [headings]
     for way in (BY_RANK, BY_HAND):
         for num_blocks in LENGTHS:
-            ideal = num_blocks * SECONDS_PER_BLOCK / (PROCESSES - 1 + 1 / SLOWDOWN) + SLOWDOWN * SECONDS_PER_BLOCK
-            seconds, drawn = draw(num_blocks, way)
+            seconds, ideal, drawn = draw(num_blocks, way)
             numbers = f"{num_blocks:>8}{ideal:>12.1f}{seconds:>14.1f}{seconds / ideal:>8.3f}{drawn - num_blocks:>13}"
             lines.append(f"{way:<22}{numbers}")
     return "\n".join(lines)
 
 
-def draw(num_blocks: int, way: str) -> tuple[float, int]:
-    """Return the seconds from the first start of a drawing to the last end of one, and the number of drawn blocks."""
+def draw(num_blocks: int, way: str) -> tuple[float, float, int]:
+    """Return the seconds from the first start to the last end, the ideal ones, and the number of drawn blocks."""
     with tempfile.TemporaryDirectory() as folder:
         script = str(Path(__file__).with_name("simulated.py"))
         flags = ["--data_name=digits", "--device=cpu", f"--batch_size={BATCH_SIZE}", f"--output_dir={folder}/out"]
         flags += [f"--num_aug={num_blocks * BATCH_SIZE}"]
         processes = []
-        for rank in range(PROCESSES):
-            seconds = SECONDS_PER_BLOCK * (SLOWDOWN if rank == 0 else 1)
+        seconds_per_block = [SECONDS_PER_BLOCK * (SLOWDOWN if rank == 0 else 1) for rank in range(PROCESSES)]
+        for rank, seconds in enumerate(seconds_per_block):
             variables = {"RANK": str(rank), "WORLD_SIZE": str(PROCESSES)} if way == BY_RANK else {}
             environment = {**os.environ, **variables, "SECONDS_PER_BLOCK": str(seconds), "OMP_NUM_THREADS": "1"}
             processes.append(
@@ -56,4 +56,7 @@ def draw(num_blocks: int, way: str) -> tuple[float, int]:
     if None in ends:
         raise SystemExit(errors[ends.index(None)])
     blocks, starts, stops = zip(*(map(float, end.groups()) for end in ends if end))
-    return max(stops) - min(starts), int(sum(blocks))
+    speeds = [1 / seconds for seconds in seconds_per_block]  # blocks a second
+    late = sum((start - min(starts)) * speed for start, speed in zip(starts, speeds))  # blocks lost before the starts
+    ideal = (num_blocks + late) / sum(speeds) + max(seconds_per_block)
+    return max(stops) - min(starts), ideal, int(sum(blocks))

@@ -196,16 +196,22 @@ def damage(file, rng):
     place=st.integers(1, 9).flatmap(lambda count: st.tuples(st.integers(0, count - 1), st.just(count))),
     begins_share=st.booleans(),
 )
-def test_a_process_passes_each_missing_block_once_or_leaves_the_first_ones(missing, batch_size, place, begins_share):
-    """Those left out are the first of a sequence, and only while others are missing: so in the end none is left out."""
+def test_a_process_passes_each_missing_block_once(missing, batch_size, place, begins_share):
     blocks = order_blocks(sorted(missing), batch_size, *place, begins_share)
-    passed = list(itertools.chain.from_iterable(blocks))
-    assert len(passed) == len(set(passed)) and set(passed) <= missing
+    assert sorted(itertools.chain.from_iterable(blocks)) == sorted(missing)
+    assert len({block[0] // batch_size for block in blocks}) == len(blocks)
     assert all(len({index // batch_size for index in block}) == 1 for block in blocks)
-    numbers, passed_numbers = ({index // batch_size for index in some} for some in (missing, passed))
-    left = numbers - passed_numbers
-    assert passed_numbers
-    assert all(number - 1 not in numbers or number - 2 not in numbers for number in left)
+
+
+@given(st.sets(st.integers(0, 99), min_size=1))
+def test_a_process_without_a_share_begins_where_others_are_probably_not_drawing(missing):
+    """In a longest sequence of missing blocks, and not at its first two while it has more."""
+    (start,) = order_blocks(sorted(missing), 1, 0, 1, False)[0]
+    numbered = enumerate(sorted(missing))
+    sequences = [[n for _, n in pairs] for _, pairs in itertools.groupby(numbered, lambda pair: pair[1] - pair[0])]
+    (chosen,) = (sequence for sequence in sequences if start in sequence)
+    assert len(chosen) == max(map(len, sequences))
+    assert chosen.index(start) >= min(2, len(chosen) - 1)
 
 
 def test_the_shares_of_a_fresh_folder_are_equal_and_cover_it():
