@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from noisecutmix import cli, script
 
+FEW_BLOCKS = 3  # when no more are missing, others are probably drawing them
+
 if TYPE_CHECKING:
     from noisecutmix.folder import OutputFolder
     from noisecutmix.generator import NoiseCutMixGenerator
@@ -62,8 +64,8 @@ def draw_missing(
         while missing:
             bar.total = bar.n + -(-len(missing) // count)  # the share of this process
             blocks = order_blocks(missing, batch_size, rank, count, begins_share)
-            waits = len(blocks) <= count and not (waits or begins_share)
-            if waits:  # the other processes are probably drawing these blocks
+            waits = len(blocks) <= FEW_BLOCKS and not (waits or begins_share)
+            if waits:
                 time.sleep(seconds)
                 blocks = []
             for block in blocks:
