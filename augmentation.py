@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from noisecutmix import cli, script
 
-FEW_BLOCKS = 3  # when no more are missing, others are probably drawing them
-
 if TYPE_CHECKING:
     from noisecutmix.folder import OutputFolder
     from noisecutmix.generator import NoiseCutMixGenerator
+
+FEW_BLOCKS = 3  # where so few are missing, other processes are probably drawing them
 
 
 def main() -> None:
@@ -56,8 +56,9 @@ def draw_missing(
 
     rank, count = script.rank_and_count()
     missing = folder.find_missing(range(folder.num_items), verify)
-    begins_share = len(missing) == folder.num_items and (is_new or count > 1)
-    seconds, waits = 0.0, False  # for a block
+    begins_share = count > 1 or (is_new and len(missing) == folder.num_items)
+    seconds = 0.0  # that the last block took
+    waits = False
     bar = tqdm(total=len(missing), unit="image", disable=not script.is_first_process())
     writing: Iterator[None] = iter(())  # threads write a block while the device draws the next one
     with ThreadPoolExecutor(8) as pool, bar:
@@ -94,9 +95,9 @@ def order_blocks(
 ) -> list[Sequence[int]]:
     """Return the missing items of each block, in the order in which process `rank` of `count` draws the blocks.
 
-    A process begins at its own share, and continues into the next one. Later it begins in the middle of the longest
-    sequence of missing blocks, behind the first two, which are probably being written and drawn: somewhere in the
-    middle, since processes that were started by hand have no rank. So hardly any block is drawn twice.
+    A process begins at its own share, and continues into the next one. Later it begins in the longest sequence of
+    missing blocks: behind the first two, which are probably being written and drawn, and at a random place near the
+    middle, since processes that were started by hand have no rank. So few blocks are drawn twice.
     """
     blocks: dict[int, list[int]] = {}
     for index in missing:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import string
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,7 +81,7 @@ def _read_finetuned(folder: Path) -> Classes:
     model: Any = settings.get("model")
     resolution: Any = settings.get("resolution")
     if not _is_text(model) or type(resolution) is not int:
-        raise InputError(f"`data_name`: {FINETUNE_FILE} in {folder} lacks model or resolution; train again")
+        raise InputError(f"`data_name`: {FINETUNE_FILE} in {folder} is damaged; train into another folder")
     return dataclasses.replace(classes, model=model, resolution=resolution, ckpt_path=folder)
 
 
@@ -142,11 +143,12 @@ def find_repeated(names: Iterable[str]) -> str | None:
 
 def check_prompt(template: str) -> None:
     """Raise an InputError unless a prompt is a template with {name} and, optionally, {meta_class}."""
+    name, meta_class = ("name", "", None), ("meta_class", "", None)  # without a format, which could cut a token
     try:
-        has_name = "<class_0>" in template.format(name="<class_0>", meta_class="bird")
-    except (ValueError, LookupError, AttributeError):  # an open brace, or another field
-        has_name = False
-    if not has_name:
+        fields = {field[1:] for field in string.Formatter().parse(template) if field[1] is not None}
+    except ValueError:  # an open brace
+        fields = set()
+    if name not in fields or not fields <= {name, meta_class}:
         raise InputError(
             f"`prompt`: has to be a template with {{name}} and, optionally, {{meta_class}}, not {template!r}"
         )

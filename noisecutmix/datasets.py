@@ -32,7 +32,7 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
 
     Raises:
         InputError: the folder is not a data set, cannot be read, is not complete (the message says how many items are
-            done), or its files do not fit each other. The message gives the command that repairs it.
+            done), lacks a picture, or has damaged labels. The message gives the command that repairs it.
     """
 
     def __init__(self, root: str | Path, transform: Callable[[Image.Image], Any] | None = None):
@@ -100,11 +100,12 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         if not all((self.root / name).is_file() for name in (METADATA_FILE, LABELS_FILE)):
             done = sum(1 for _ in (self.root / "image").glob(f"{PREFIXES['image']}_*.png"))
             raise self._unfit(f"the data set is not complete, {done} of {num_planned} items are done", "continue")
-        there = set(os.listdir(self.root / "image"))  # to list the folder once is cheaper than to look for each file
-        template = item_file_name("image", len(self))
+        folder, _, template = item_file_name("image", len(self)).partition("/")
+        # to list the folder once is cheaper than to look for each file
+        there = set(os.listdir(self.root / folder)) if (self.root / folder).is_dir() else set()
         for index in range(len(self)):
-            if (template % index).removeprefix("image/") not in there:
-                raise self._unfit(f"{template % index} is missing")
+            if template % index not in there:
+                raise self._unfit(f"{folder}/{template % index} is missing")
 
     def _unfit(self, problem: str, remedy: str = "repair") -> InputError:
         return InputError(f"{self.root}: {problem}; {remedy} with: {self._command}")

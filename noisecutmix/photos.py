@@ -49,7 +49,8 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
 
     Raises:
         InputError: there are not at least two classes, a class has no picture, two folders have the same name, the
-            folders are splits rather than classes, or a link leads nowhere or to a picture of another class.
+            folders are splits rather than classes, or a link leads nowhere, to a picture of another class, or to a
+            folder that holds the class folders.
     """
     if not root.is_dir():
         raise InputError(f"`{flag}`: {root} is {'a file' if root.exists() else 'not there'}; give a folder")
@@ -85,6 +86,8 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
     loose = [path for path, is_folder in entries if not is_folder and path.suffix.lower() in SUFFIXES + ARCHIVES]
     if loose:
         notes.append(f"{len(loose)} pictures and archives lie beside the class folders; they are not used")
+    if walk.repeated:
+        notes.append(f"{walk.repeated} links lead to pictures that are used already")
     if num_small:
         notes.append(f"{num_small} classes have fewer than {examples_per_class} pictures; all of them are used")
     return Photos(root, tuple(folder.name for folder in folders), tuple(files), tuple(labels), tuple(notes))
@@ -163,8 +166,9 @@ class _Walk:
     def __init__(self, root: Path):
         self.unused: collections.Counter[str] = collections.Counter()  # files, by type
         self.hidden: collections.Counter[str] = collections.Counter()  # by name
+        self.repeated = 0  # links to pictures that are used already
         self._root = root.resolve()
-        self._found: dict[Path, tuple[int, Path]] = {}  # label and path of each picture, by the path without links
+        self._found: dict[Path, tuple[int, Path]] = {}  # label and path of each picture, by its resolved path
 
     def entries(self, folder: Path) -> list[tuple[Path, bool]]:
         """Return (path, whether it is a folder) of what is used in a folder, sorted by name."""
@@ -201,9 +205,11 @@ class _Walk:
                     real_path = path.resolve() if path.is_symlink() else real_folder / path.name
                     other_label, other = self._found.setdefault(real_path, (label, path))
                     if other_label != label:
-                        raise InputError(f"{path} and {other}, of another class, are the same file; remove the link")
+                        raise InputError(f"{path} and {other}, of another class, are the same file; remove one")
                     if other == path:
                         found.append(path)
+                    else:
+                        self.repeated += 1
                 else:
                     self.unused[path.suffix.lower() or path.name] += 1
         return sorted(found)

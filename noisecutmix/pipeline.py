@@ -36,7 +36,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "mask"]
-    # the token of each class name and the reverse, set by `load_pipeline`
+    # the token of each class name, and the class name of each token; only `load_pipeline` sets them
     name2placeholder: dict[str, str]
     placeholder2name: dict[str, str]
     # a callback written for StableDiffusionPipeline may read these
@@ -91,7 +91,8 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             prompt_1_embeds, prompt_2_embeds, negative_prompt_embeds: encoded prompts (B, tokens, width), not texts.
 
         Raises:
-            InputError, ValueError: an argument is wrong; the message names it and its value.
+            InputError, ValueError: an argument is wrong; the message names it.
+            TypeError: prompt_1 and negative_prompt are not both texts or both lists.
             NonFiniteImageError: a decoded picture contains nan or infinity.
         """
         # 0. Default height and width
@@ -109,9 +110,10 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             raise ValueError(f"`height` and `width` have to be multiples of {factor} but are {height} and {width}.")
         if (prompt_1 is None) == (prompt_1_embeds is None):
             raise ValueError("Give either `prompt_1` or `prompt_1_embeds`.")
-        for prompt, embeds in ((prompt_2, prompt_2_embeds), (negative_prompt, negative_prompt_embeds)):
-            if prompt is not None and embeds is not None:
-                raise ValueError("Give `prompt_2` and `negative_prompt` either as texts or as embeds.")
+        if prompt_2 is not None and prompt_2_embeds is not None:
+            raise ValueError("Give either `prompt_2` or `prompt_2_embeds`.")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("Give either `negative_prompt` or `negative_prompt_embeds`.")
         is_mixed = prompt_2 is not None or prompt_2_embeds is not None
         if is_mixed != (mask is not None):
             raise ValueError("Give `prompt_2` and `mask` together: one mask for each prompt.")
@@ -135,7 +137,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
             all_embeds.append(uncond_embeds)
         if len(shapes := {tuple(embeds.shape) for embeds in all_embeds}) > 1:
             raise ValueError(
-                "`prompt_2` and `negative_prompt` have to be as many as `prompt_1`, "
+                "`prompt_2` and `negative_prompt` have to be as many and as wide as `prompt_1`, "
                 f"but the shapes of the encoded prompts are {shapes}."
             )
         num_images = len(prompt_embeds)
@@ -197,10 +199,10 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
                     tensors |= {} if latent_mask is None else {"mask": latent_mask}
                     chosen = {name: tensors[name] for name in tensor_names}
                     for name, tensor in (callback_on_step_end(self, i, t, chosen) or {}).items():
-                        if tensor.shape != tensors[name].shape:
+                        if name not in tensors or tensor.shape != tensors[name].shape:
                             raise ValueError(
-                                f"`callback_on_step_end` may not change the shape of `{name}`: to end guidance early, "
-                                "use `guidance_interval`."
+                                f"`callback_on_step_end` may change only {', '.join(tensors)}, not their shapes, but "
+                                f"returned {name} {tuple(tensor.shape)}; `guidance_interval` ends guidance early."
                             )
                         tensors[name] = tensor
                     latents, prompt_embeds, latent_mask = (

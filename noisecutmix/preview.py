@@ -113,13 +113,13 @@ def _load_font(file: str, size: int) -> Font:
 
 
 def _can_show(file: str, text: str) -> bool:
-    """Return whether a font is installed and shows a text: the built-in one ASCII, the others also these alphabets."""
+    """Return whether a font is installed and shows a text: ASCII, or Latin, Greek, Cyrillic and punctuation."""
     if file == BUILT_IN:
         return text.isascii()
     with contextlib.suppress(OSError):  # the font is not installed
         _load_font(file, FONT_SIZES[0])
         return all(
-            letter.isascii() or unicodedata.name(letter, "").startswith(("LATIN", "GREEK", "CYRILLIC"))
+            (letter < "\u0530" or "\u2010" <= letter <= "\u2027") and not unicodedata.combining(letter)
             for letter in text
         )
     return False

@@ -57,6 +57,6 @@ def draw(num_blocks: int, way: str) -> tuple[float, float, int]:
         raise SystemExit(errors[ends.index(None)])
     blocks, starts, stops = zip(*(map(float, end.groups()) for end in ends if end))
     speeds = [1 / seconds for seconds in seconds_per_block]  # blocks a second
-    late = sum((start - min(starts)) * speed for start, speed in zip(starts, speeds))  # blocks lost before the starts
-    ideal = (num_blocks + late) / sum(speeds) + max(seconds_per_block)
+    lost = sum((start - min(starts)) * speed for start, speed in zip(starts, speeds))  # blocks, before the starts
+    ideal = (num_blocks + lost) / sum(speeds) + max(seconds_per_block)
     return max(stops) - min(starts), ideal, int(sum(blocks))

@@ -138,7 +138,7 @@ def test_a_folder_whose_training_has_no_checkpoint_yet_gives_the_command(tmp_pat
 
 @pytest.mark.parametrize("settings", [{"model": None}, {"model": 3}, {"resolution": "64"}, {"resolution": True}])
 def test_a_damaged_finetune_json_is_refused(tmp_path, settings):
-    with pytest.raises(InputError, match=r"`data_name`: .*finetune\.json in .* lacks model or resolution"):
+    with pytest.raises(InputError, match=r"`data_name`: .*finetune\.json in .* is damaged; train into another folder"):
         load_classes(str(write_finetuned(tmp_path / "mine", **settings)))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from dry_run import compute_drawing, compute_training, describe
+from dry_run import CARDS, compute_drawing, compute_training, describe
 from fake_card import FakeCard, HostRead, WrongType, build_generator, build_pipeline, can_fake_cuda
 from fake_training import SETTINGS, cuda_autocast
 from PIL import Image
@@ -175,7 +175,7 @@ def test_the_host_reads_8_bit_pictures_once_and_little_else(drawn):
     assert sum(flags) <= DRAWN
 
 
-def test_decoding_in_slices_takes_no_more_memory_for_more_pictures(generator, on_card):
+def test_decoding_in_parts_takes_no_more_memory_for_more_pictures(generator, on_card):
     decoding = []
     for count in (4, 12):
         on_card.start()
@@ -335,19 +335,23 @@ def test_the_dry_run_prints_a_row_for_each_batch():
     assert "H100 SXM" not in describe(usages, torch.float32)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("more", "rows"),
-    [
-        (["--steps=2"], {"--batch_size": "`--batch_size`"}),
-        (["--finetune"], {"off": "`--train_batch_size`", "on": "with `--gradient_checkpointing`"}),
-    ],
-    ids=["drawing", "fine-tuning"],
-)
-def test_the_batch_sizes_in_the_readme_are_those_of_the_dry_run(run_script, more, rows):
-    done = run_script("tests/benchmark.py", "--arch=sd15", "--device=cuda", "--dry_run", *more)
-    assert done.returncode == 0, done.stderr
+def sizes_in_readme(heading):
+    """Return {GB of a card: batch size} of a row in README's tables."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, heading in rows.items():
-        row = next(line for line in done.stdout.splitlines() if line.startswith(f"{name} "))
-        assert f"| {heading} | {' | '.join(row.split()[1:])} |" in readme
+    (row,) = (line for line in readme.splitlines() if line.startswith(f"| {heading} |"))
+    return dict(zip(CARDS, map(int, re.findall(r"\d+", row))))
+
+
+@pytest.mark.slow
+def test_the_batch_sizes_for_drawing_in_the_readme_fit():
+    sizes = sizes_in_readme("`--batch_size`")
+    for usage in compute_drawing(SHAPES["sd15"], torch.float16, steps=2, resolution=512, batch_sizes=(16, 32)):
+        assert {card: usage.fits(card) for card in CARDS} == {card: usage.batch_size <= sizes[card] for card in CARDS}
+
+
+@pytest.mark.slow
+def test_the_batch_sizes_for_fine_tuning_in_the_readme_fit():
+    rows = {False: sizes_in_readme("`--train_batch_size`"), True: sizes_in_readme("with `--gradient_checkpointing`")}
+    for usage in compute_training(SHAPES["sd15"], "float16", 512, batch_sizes=(4, 16)):
+        sizes = rows[usage.gradient_checkpointing]
+        assert {card: usage.fits(card) for card in CARDS} == {card: usage.batch_size <= sizes[card] for card in CARDS}

@@ -207,7 +207,7 @@ LINKS = {
 
 @ON_POSIX
 @pytest.mark.parametrize("case", LINKS)
-def test_a_link_that_would_mislabel_or_repeat_pictures_is_refused_by_name(root, case):
+def test_a_link_that_would_mislabel_pictures_is_refused_by_name(root, case):
     link, target, message = LINKS[case]
     for name in ("red kite", "blue jay"):
         (root / name / "deep").mkdir()
@@ -235,7 +235,10 @@ def test_links_to_pictures_and_folders_elsewhere_are_used_once(root, tmp_path):
     (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "elsewhere")
     (root / "grey heron" / "8.png").symlink_to(root.parent / "single.png")
     shutil.copy(root / "blue jay" / "0.png", tmp_path / "single.png")
-    assert find_photos(root).labels == (0,) * 3 + (1,) * 4 + (2,) * 4
+    (root / "blue jay" / "more.png").symlink_to("0.png")
+    found = find_photos(root)
+    assert found.labels == (0,) * 3 + (1,) * 4 + (2,) * 4
+    assert "1 links lead to pictures that are used already" in found.notes
 
 
 @ON_POSIX

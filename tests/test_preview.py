@@ -33,7 +33,10 @@ def a_font_with_letters():
         pytest.skip("no font with all letters is installed")
 
 
-@pytest.mark.parametrize("name", ["Vögelchen", "Žluťoučký", "Зимородок", "Αλκυόνα", "café", "Łabędź", "Ærø", "İbibik"])
+NAMES = ["Vögelchen", "Žluťoučký", "Зимородок", "Αλκυόνα", "café", "Łabędź", "Ærø", "İbibik", "½ × ʻa’"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_each_letter_is_drawn(a_font_with_letters, name):
     """A missing glyph would be drawn as a box, the same for every such letter."""
     shown = caption(name)
