@@ -125,20 +125,6 @@ def test_rows_of_a_seed_differ_in_the_augmented_pictures_alone(folder):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.slow
-def test_a_killed_comparison_continues_to_the_same_results(folder, start):
-    arguments = command("ckpts/classify.py", *QUICK, "--augmented=ours=aug", "--seeds=2")
-    whole = start([*arguments, "--output_dir=whole"])
-    assert whole.wait(LONGEST_WAIT) == 0, whole.communicate()
-    for number, more in ((2, ["--num_workers=1"]), (8, [])):
-        killed = start([*arguments, *more])
-        wait_for_results(folder, number, killed)
-        killed.kill() if number < 8 else killed.wait(LONGEST_WAIT)
-        killed.communicate()
-    expected = {name: (folder / "whole" / name).read_bytes() for name in results_of(folder)}
-    assert results_of(folder) == expected
-
-
 def wait_for_results(folder, number, process):
     end = time.monotonic() + LONGEST_WAIT
     while len(list((folder / "out").glob("results/[!.]*"))) < number:
@@ -148,17 +134,22 @@ def wait_for_results(folder, number, process):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(folder, start):
-    arguments = command("ckpts/classify.py", *QUICK, "--augmented=ours=aug", "--epochs=16")
-    two = [start(arguments) for _ in range(2)]
+def test_processes_continue_a_killed_comparison_and_share_it(folder, start):
+    arguments = ["--augmented=ours=aug", "--epochs=16"]
+    with as_command_line("ckpts/classify.py", *QUICK, *arguments, "--output_dir=whole", folder=folder) as main:
+        main()
+    killed = start(command("ckpts/classify.py", *QUICK, *arguments))
+    wait_for_results(folder, 2, killed)
+    killed.kill()
+    killed.communicate()
+    there = len(list((folder / "out").glob("results/[!.]*")))
+    two = [start(command("ckpts/classify.py", *QUICK, *arguments, *more)) for more in ([], ["--num_workers=1"])]
     outputs = [process.communicate(timeout=LONGEST_WAIT) for process in two]
     assert [process.returncode for process in two] == [0, 0], outputs
     trained = [len(re.findall("% test accuracy", errors)) for _, errors in outputs]
-    assert sum(trained) <= 12 + 1 and min(trained) >= 4, trained
-    shared = results_of(folder)
-    alone = start([*arguments, "--output_dir=alone"])
-    assert alone.wait(LONGEST_WAIT) == 0, alone.communicate()
-    assert shared == {name: (folder / "alone" / name).read_bytes() for name in shared}
+    assert sum(trained) <= 12 - there + 1 and min(trained) >= 2, trained
+    expected = {name: (folder / "whole" / name).read_bytes() for name in results_of(folder)}
+    assert results_of(folder) == expected
 
 
 def test_more_seeds_continue_a_comparison(folder):
@@ -346,6 +337,7 @@ def test_bad_input_is_refused_before_anything_is_written(folder, arguments, mess
     assert not (folder / "out").exists() and not (folder / "train" / "out").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_downloaded_are_one_line(folder, run_script):
     flags = [flag for flag in QUICK if flag != "--no_pretrained"]
     done = run_script("ckpts/classify.py", *flags, environment={"HF_HOME": str(folder / "empty")})

@@ -63,6 +63,7 @@ def count_blocks(errors):
     return int(re.search(r"drew (\d+) blocks", errors)[1])
 
 
+@pytest.mark.slow
 def test_one_of_three_is_frozen_and_one_is_killed(draw, expected, tmp_path):
     """The third ends alone; the first, woken up, ends well and changes nothing."""
     wanted = expected(800)
@@ -131,6 +132,7 @@ def test_wrong_and_missing_variables_change_only_the_order(draw, expected, tmp_p
     assert files_of(tmp_path / "out") == wanted
 
 
+@pytest.mark.slow
 def test_of_two_commands_at_the_same_moment_one_is_refused(draw, expected, tmp_path):
     wanted = {alpha: expected(16, f"--alpha={alpha}") for alpha in (1.0, 0.5)}
     for _ in range(20):

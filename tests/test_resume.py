@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -321,23 +320,6 @@ def test_a_picture_that_is_not_finite_is_named_and_not_written(tmp_path, tiny_ar
     with pytest.raises(RunError, match=r"item 1: the picture is not finite.*--dtype=bfloat16"):
         run_to_the_end(tmp_path, tiny_arguments, 3)
     assert not list((tmp_path / "out" / "image").iterdir())
-
-
-@pytest.mark.slow
-def test_kills_do_not_change_the_result(start, tmp_path):
-    arguments = ["--data_name=digits", "--device=cpu", "--num_inference_steps=10", "--num_aug=80", "--output_dir=out"]
-    (tmp_path / "whole").mkdir()
-    run_to_the_end(tmp_path / "whole", arguments[:-2], 80)
-    rng = random.Random(0)
-    for done in (0, 40):
-        process = start(command("augmentation.py", *arguments))
-        wait_for_images(tmp_path / "out", done, process)  # so that each run makes progress
-        time.sleep(rng.uniform(0, 2))
-        process.kill()
-        process.communicate()
-    run_to_the_end(tmp_path, arguments[:-2], 80)
-    written = {name: content for name, content in files_of(tmp_path / "out").items() if not name.endswith(".tmp")}
-    assert written == files_of(tmp_path / "whole" / "out")
 
 
 MILLION = """

@@ -58,7 +58,6 @@ def test_a_signal_that_a_library_catches_while_loading(tmp_path, tiny_arguments,
     assert "Traceback" not in done.stderr and "--model" not in done.stderr
 
 
-@pytest.mark.slow
 @ON_POSIX
 def test_the_same_signal_sent_twice_at_once_counts_as_one(start, tmp_path, tiny_arguments):
     """Launchers do so."""
@@ -82,7 +81,6 @@ def test_a_closed_pipe_is_no_failure(tmp_path, tiny_arguments):
     assert (tmp_path / "out" / "soft_label.npy").is_file()
 
 
-@pytest.mark.slow
 @ON_POSIX
 def test_ctrl_c_keeps_its_status_when_the_pipe_is_closed_too(start, tmp_path, tiny_arguments):
     process = start(command("tests/simulated.py", *tiny_arguments, "--num_aug=4000", "--output_dir=out"))
@@ -131,7 +129,6 @@ def test_signals_at_many_moments_of_the_start(start, tmp_path, tiny_arguments):
         assert "Traceback" not in errors
 
 
-@pytest.mark.slow
 def test_class_names_in_every_script_are_written_and_drawn(run_script, tmp_path, tiny_model, tmp_path_factory):
     from conftest import in_old_keys, random_lora, write_checkpoint
     from diffusers import UNet2DConditionModel
@@ -141,7 +138,7 @@ def test_class_names_in_every_script_are_written_and_drawn(run_script, tmp_path,
     write_checkpoint(tmp_path / "checkpoint", in_old_keys(random_lora(unet)), class_names=names)
     (tmp_path / "data.json").write_text(json.dumps({"classes": names, "meta_class": "zvíře"}), encoding="utf-8")
     done = run_script(
-        "augmentation.py", "--data_name=data.json", f"--model={tiny_model}", "--ckpt_path=checkpoint",
+        "tests/simulated.py", "--data_name=data.json", f"--model={tiny_model}", "--ckpt_path=checkpoint",
         "--resolution=16", "--num_inference_steps=2", "--device=cpu", "--num_aug=4", "--output_dir=out",
         environment={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
     )  # fmt: skip
