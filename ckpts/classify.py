@@ -34,11 +34,11 @@ from noisecutmix.photos import Photos, check_photos, find_photos, split_photos
 from noisecutmix.ranges import RANGES, Range
 from noisecutmix.record import (
     LABELS_FILE,
-    RUN_FILE,
-    Record,
-    describe_differences,
+    check_same,
     describe_program,
     fingerprint_checkpoint,
+    read_record,
+    read_run,
 )
 
 if TYPE_CHECKING:
@@ -177,11 +177,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     train, test = load_photos(options)
-    records = {name: read_record(name, folder, train) for name, folder in options.augmented.items()}
+    records = {name: read_set(folder, train) for name, folder in options.augmented.items()}
     train_hashes, test_hashes = hash_pictures(train), hash_pictures(test)
     num_leaked = len(set(train_hashes) & set(test_hashes))
     script.choose_device_and_dtype(options)
-    sets = {name: open_set(name, options.augmented[name], train, record) for name, record in records.items()}
+    sets = {name: open_set(options.augmented[name], train, record) for name, record in records.items()}
     recipe = {
         **{name: getattr(options, name) for name in RECIPE},
         "class_names": list(train.class_names),
@@ -254,38 +254,38 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def read_record(name: str, folder: Path, photos: Photos) -> Record:
+def read_set(folder: Path, photos: Photos) -> dict[str, Any]:
     """Return the content of run.json of an augmented set, which has to be of the same classes. Raises InputError."""
-    record = Record.read(folder / RUN_FILE)
-    if record is None or not isinstance(record.options.get("class_names"), list):
+    record = read_run(folder, "augmented")
+    if record is None or not isinstance(record["options"].get("class_names"), list):
         raise InputError(f"--augmented: {folder} is not a data set of augmentation.py; give the --output_dir of one")
-    match_classes("augmented", folder, record.options["class_names"], photos.class_names)
+    match_classes("augmented", folder, record["options"]["class_names"], photos.class_names)
     return record
 
 
-def open_set(name: str, folder: Path, photos: Photos, record: Record) -> AugmentedSet:
+def open_set(folder: Path, photos: Photos, record: dict[str, Any]) -> AugmentedSet:
     """Return an augmented set, which has to be complete. Raises InputError."""
     from noisecutmix import AugmentedDataset
 
     try:
         pictures = AugmentedDataset(folder)
-        label_order = match_classes("augmented", folder, record.options["class_names"], photos.class_names)
+        label_order = match_classes("augmented", folder, record["options"]["class_names"], photos.class_names)
         if pictures.num_classes != len(label_order):
             raise InputError(f"{folder}: {LABELS_FILE} is for {pictures.num_classes} classes; repair the data set")
         labels = hashlib.sha256((folder / LABELS_FILE).read_bytes()).hexdigest()
         files = Photos(folder, (), tuple(pictures.root / name for name in pictures.file_names), (), ())
-        fingerprint = digest(record.options, labels, hash_pictures(files))
+        fingerprint = digest(record["options"], labels, hash_pictures(files))
     except InputError as error:
         raise InputError(f"--augmented: {str(error).removeprefix('--augmented: ')}") from error
-    return AugmentedSet(pictures, files, label_order, find_seen(folder, record), fingerprint)
+    return AugmentedSet(pictures, files, label_order, find_seen(record), fingerprint)
 
 
-def find_seen(folder: Path, record: Record) -> tuple[int, int] | None:
+def find_seen(record: dict[str, Any]) -> tuple[int, int] | None:
     """Return how many pictures ckpts/finetune.py used for the generator of an augmented set, and its seed."""
     try:
-        ckpt_path = Path(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["ckpt_path"])
+        ckpt_path = Path(record["ckpt_path"])
         finetuning = json.loads((ckpt_path / FINETUNE_FILE).read_text(encoding="utf-8"))
-        is_same = fingerprint_checkpoint(ckpt_path) == record.options["checkpoint"]
+        is_same = fingerprint_checkpoint(ckpt_path) == record["options"]["checkpoint"]
         return (int(finetuning["options"]["num_pictures"]), int(finetuning["options"]["seed"])) if is_same else None
     except (OSError, InputError, ValueError, LookupError, TypeError):
         return None
@@ -323,26 +323,12 @@ class Comparison:
 
     def check_usable(self) -> bool:
         """Return whether the comparison is new. Raises InputError if the folder holds one with other options."""
-        file = self.root / OPTIONS_FILE
-        try:
-            text = file.read_text(encoding="utf-8")
-            if not text:  # the process that created it was killed before it wrote
-                return True
-            there = dict(json.loads(text)["options"])
-        except FileNotFoundError:
+        there = read_record(self.root / OPTIONS_FILE, "output_dir", options=dict)
+        if there is None:
             if (self.root / "results").exists():
-                raise InputError(
-                    f"--output_dir: {self.root} has results without {OPTIONS_FILE}; choose another folder"
-                ) from None
+                raise InputError(f"--output_dir: {self.root} has results without {OPTIONS_FILE}; choose another folder")
             return True
-        except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"--output_dir: {file} is not as this program writes it; choose another folder") from error
-        differences = describe_differences(there, self._recipe)
-        if differences:
-            raise InputError(
-                f"--output_dir: {self.root} holds a comparison with another {differences}; "
-                "give the same options, delete the folder, or choose another"
-            )
+        check_same(self.root, there["options"], self._recipe)
         return False
 
     def result_file(self, job: Job) -> Path:
@@ -377,7 +363,7 @@ class Comparison:
         steps = classifier.steps(len(self.train.files))
         self.root.mkdir(parents=True, exist_ok=True)
         content = {"options": self._recipe, **describe_program()}
-        self._is_new = create_file(self.root / OPTIONS_FILE, json.dumps(content, indent=2, ensure_ascii=False).encode())
+        self._is_new = create_file(self.root / OPTIONS_FILE, json.dumps(content, indent=2).encode())
         self.check_usable()
         (self.root / "results").mkdir(exist_ok=True)
         with tqdm(unit="step", smoothing=0.05, disable=not script.is_first_process()) as bar:

@@ -167,7 +167,7 @@ def plan_steps(options: argparse.Namespace, photos: Photos, num_processes: int) 
     """Return the number of training steps; print the size of the data set and of the training."""
     options.effective_batch = options.train_batch_size * options.gradient_accumulation_steps * num_processes
     budget = max(FEWEST_STEPS, math.ceil(PASSES * len(photos.files) / options.effective_batch))
-    steps: int = options.max_train_steps or budget
+    steps = options.max_train_steps = options.max_train_steps or budget
     for note in photos.notes:
         script.say(note)
     names = photos.class_names
@@ -257,17 +257,9 @@ def train(
     from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
-    from noisecutmix.training import Settings, Trainer
+    from noisecutmix.training import Trainer
 
-    settings = Settings(
-        **{name: getattr(options, name) for name in RECIPE},
-        model=options.model,
-        max_train_steps=steps,
-        train_batch_size=options.train_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        gradient_checkpointing=options.gradient_checkpointing,
-    )
-    trainer = Trainer(settings, photos, accelerator)  # before anything is written: it may refuse the model
+    trainer = Trainer(options, photos, accelerator)  # before anything is written: it may refuse the model
     is_main = accelerator.is_main_process
     first, state = 0, {}  # type: int, dict[str, Any]
     if is_main:

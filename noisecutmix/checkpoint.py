@@ -99,25 +99,12 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
         if is_out_of_memory(error):
             raise
         raise InputError(f"`model`: {model} cannot be loaded: {first_line(error)}") from error
-    _check_plain(pipe, model)
-    return pipe
-
-
-def _check_plain(pipe: NoiseCutMixPipeline, model: str) -> None:
-    """Raise an InputError unless the UNet takes the VAE's latents and the text encoder's output, and nothing else."""
-    unet, latent_channels = pipe.unet.config, pipe.vae.config.latent_channels
-    text_width = pipe.text_encoder.config.hidden_size
-    reason = None
-    if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
-        reason = f"its UNet takes {unet.in_channels} and gives {unet.out_channels} channels, its VAE {latent_channels}"
-    elif unet.cross_attention_dim != text_width:
-        reason = f"its UNet reads texts of width {unet.cross_attention_dim}, its text encoder writes {text_width}"
+    unet, channels = pipe.unet.config, pipe.vae.config.latent_channels
+    taken = (unet.in_channels, unet.out_channels, unet.cross_attention_dim)
     others = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim")
-    for name in others:
-        if unet.get(name) is not None:
-            reason = f"its UNet takes another input, {name}"
-    if reason:
-        raise InputError(f"`model`: {model} is not a plain Stable Diffusion model, such as 1.5 or 2.1: {reason}")
+    if taken != (channels, channels, pipe.text_encoder.config.hidden_size) or any(map(unet.get, others)):
+        raise InputError(f"`model`: {model} is not a plain Stable Diffusion model, such as 1.5 or 2.1")
+    return pipe
 
 
 def _refusal(file: Path, reason: str) -> InputError:

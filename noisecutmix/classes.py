@@ -1,7 +1,6 @@
 """The data sets: their classes in label order, model and checkpoint; class names and prompts."""
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -9,9 +8,9 @@ import string
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from .errors import InputError
+from .files import read_json
 
 META_CLASSES = {"cub": "bird", "flower": "flower", "aircraft": "aircraft", "digits": "digit"}
 DEFAULT_PROMPT = "a photo of a {name} {meta_class}"
@@ -20,7 +19,6 @@ CHECKPOINTS = Path(__file__).resolve().parent.parent / "ckpts"
 CLASS_NAMES = Path(__file__).resolve().parent / "class_names"
 LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"  # of a checkpoint
 CLASSES_FILE, FINETUNE_FILE = "classes.json", "finetune.json"  # written by ckpts/finetune.py, beside a checkpoint
-EXPECTED = 'expected {"classes": ["…", "…", …], "meta_class": "…"}, with at least two names'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,45 +68,24 @@ def _read_bundled(name: str) -> Classes:
 
 
 def _read_finetuned(folder: Path) -> Classes:
-    has_settings, has_classes = ((folder / name).is_file() for name in (FINETUNE_FILE, CLASSES_FILE))
-    if not has_classes and not has_settings:
-        raise InputError(f"`data_name`: {folder} has no {CLASSES_FILE}; give a folder that ckpts/finetune.py wrote")
-    settings = _read_object(folder / FINETUNE_FILE, "expected what ckpts/finetune.py writes")
-    if not has_classes:
-        command = shlex.join(map(str, settings.get("command") or ["python", "ckpts/finetune.py"]))
+    if not (folder / FINETUNE_FILE).is_file():
+        raise InputError(f"`data_name`: {folder} has no {FINETUNE_FILE}; give a folder that ckpts/finetune.py wrote")
+    settings = read_json(folder / FINETUNE_FILE, "data_name", model=str, resolution=int, command=list)
+    if not (folder / CLASSES_FILE).is_file():
+        command = shlex.join(map(str, settings["command"]))
         raise InputError(f"`data_name`: the training in {folder} has no checkpoint yet; continue it with: {command}")
     classes = _read_classes(folder / CLASSES_FILE)
-    model: Any = settings.get("model")
-    resolution: Any = settings.get("resolution")
-    if not _is_text(model) or type(resolution) is not int:
-        raise InputError(f"`data_name`: {FINETUNE_FILE} in {folder} is damaged; train into another folder")
-    return dataclasses.replace(classes, model=model, resolution=resolution, ckpt_path=folder)
+    return dataclasses.replace(classes, model=settings["model"], resolution=settings["resolution"], ckpt_path=folder)
 
 
 def _read_classes(path: Path) -> Classes:
-    content = _read_object(path, EXPECTED)
-    names: Any = content.get("classes")
-    meta_class: Any = content.get("meta_class")
-    if not (isinstance(names, list) and len(names) > 1 and all(map(_is_text, [*names, meta_class]))):
-        raise InputError(f"`data_name`: {path} does not describe a data set; {EXPECTED}")
-    repeated = find_repeated(names)
-    if repeated:
-        raise InputError(
-            f"`data_name`: \"classes\" in {path} names {repeated!r} twice; case is ignored, '/' and '_' are spaces"
-        )
+    content = read_json(path, "data_name", classes=list, meta_class=str)
+    names, meta_class = content["classes"], content["meta_class"]
+    if len(names) < 2 or not all(map(_is_text, [*names, meta_class])):
+        raise InputError(f"`data_name`: {path} has to hold a list classes of two names or more, and a text meta_class")
+    if repeated := find_repeated(names):
+        raise InputError(f"`data_name`: {path} names {repeated!r} twice; case is ignored, '/' and '_' are spaces")
     return Classes(tuple(names), meta_class)
-
-
-def _read_object(path: Path, expected: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"`data_name`: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"`data_name`: {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"`data_name`: {path} holds no object; {expected}")
-    return content
 
 
 def _is_text(value: object) -> bool:

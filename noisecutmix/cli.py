@@ -188,13 +188,9 @@ def check_model(model: str, resolution: int) -> None:
 
 
 def _find_class(flag: str, wanted: str | None, names: tuple[str, ...]) -> int | None:
-    if wanted is None:
-        return None
-    by_key = {comparison_key(name): label for label, name in enumerate(names)}
-    key = comparison_key(wanted)
-    if key in by_key:
-        return by_key[key]
-    if re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < len(names):
-        return int(wanted)
+    labels = {str(label): label for label in range(len(names))}
+    labels |= {comparison_key(name): label for label, name in enumerate(names)}
+    if wanted is None or comparison_key(wanted) in labels:
+        return None if wanted is None else labels[comparison_key(wanted)]
     examples = f"give a name, such as {names[0]}, or a number from 0 to {len(names) - 1}"
     raise InputError(f"{flag}: {wanted!r} is no class of the data set; {examples}")

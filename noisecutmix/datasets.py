@@ -1,6 +1,5 @@
 """Output folders as torch data sets, alone and mixed with real pictures."""
 
-import operator
 import os
 import shlex
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 
 from .errors import InputError
 from .ranges import Range
-from .record import LABELS_FILE, METADATA_FILE, PREFIXES, RUN_FILE, Record, item_file_name
+from .record import LABELS_FILE, METADATA_FILE, PREFIXES, item_file_name, read_run
 
 LARGEST_SUM_ERROR = 0.01  # of a soft label; float16 of 200 classes stays well below
 
@@ -39,8 +38,14 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         self.root = Path(root).absolute()  # so that the working directory may change later
         self.transform = transform
         self._soft_labels: np.ndarray | None = None
+        record = read_run(self.root, "root")
+        if record is None:
+            raise InputError(f"{self.root} has no run.json; it is not a data set of augmentation.py")
+        words = record.get("runs", [record])[-1].get("command", [])  # earlier versions listed every run
+        # the last --output_dir counts; the folder may be a copy
+        self._command = shlex.join([*map(str, words), f"--output_dir={self.root}"])
         try:
-            self._check_files(self._read_record().num_aug)
+            self._check_files(record["num_aug"])
         except OSError as error:
             raise InputError(f"{error.filename or self.root} cannot be read: {error.strerror}") from error
 
@@ -73,7 +78,7 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         return len(self.soft_labels)
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
-        index = _position(index, len(self))
+        index = range(len(self))[index]  # negative ones count from the end
         with Image.open(self.root / (item_file_name("image", len(self)) % index)) as file:
             image = file.convert("RGB")
         label = torch.from_numpy(np.array(self.soft_labels[index]))
@@ -83,17 +88,6 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         state = {**self.__dict__, "_soft_labels": None}  # a worker maps the file itself
         state.pop("file_names", None)
         return state
-
-    def _read_record(self) -> Record:
-        """Return the content of run.json, and set the command that completes the data set in this folder."""
-        record = Record.read(self.root / RUN_FILE)
-        if record is None:
-            raise InputError(f"{self.root} has no {RUN_FILE}; it is not a data set of augmentation.py")
-        # the folder may be a copy: the command has to repair this folder, not the original
-        pairs = zip(["", *record.command], record.command)
-        words = [word for last, word in pairs if "--output_dir" not in (last, word.partition("=")[0])]
-        self._command = shlex.join([*words, f"--output_dir={self.root}"])
-        return record
 
     def _check_files(self, num_planned: int) -> None:
         """Raise an InputError if a file is missing."""
@@ -171,7 +165,7 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         return len(self.real)
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
-        index = _position(index, len(self))
+        index = range(len(self))[index]
         epoch, draws = int(self._counts[0]), int(self._counts[1 + index])
         self._counts[1 + index] += 1
         rng = np.random.default_rng([self.seed, epoch, index, draws])
@@ -203,11 +197,3 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         if label.shape != (self.num_classes,) or label.min() < 0 or not abs(label.sum() - 1) < LARGEST_SUM_ERROR:
             raise ValueError(wrong)
         return label.float()
-
-
-def _position(index: int, length: int) -> int:
-    """Return an index of 0 or more; a negative one counts from the end."""
-    index = operator.index(index)
-    if not -length <= index < length:
-        raise IndexError(f"`index` has to be below {length} but is {index}.")
-    return index % length

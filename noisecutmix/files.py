@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import struct
@@ -10,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo, putchunk
@@ -74,6 +75,20 @@ def create_file(path: Path, content: bytes) -> bool:
         return True
 
 
+def read_json(file: Path, flag: str, **kinds: type) -> dict[str, Any]:
+    """Return the object in a JSON file, which has to hold these values. Raises an InputError that names `flag`."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8-sig"))
+        wrong = [name for name, kind in kinds.items() if type(content[name]) is not kind]
+    except OSError as error:
+        raise InputError(f"`{flag}`: {file} cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"`{flag}`: {file} is not as expected ({type(error).__name__}: {error})") from error
+    if wrong:
+        raise InputError(f"`{flag}`: {file} is not as expected: {wrong[0]} is of another type")
+    return content
+
+
 def delete_old_temporary_files(folder: Path) -> None:
     """Delete what killed processes left in a folder; what a running one writes stays."""
     for entry in os.scandir(folder):
@@ -126,20 +141,9 @@ def decode_png(file: Path) -> Image.Image | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Check that a folder can be written, or created if it does not exist; change nothing.
-
-    Raises:
-        InputError: it cannot. The message names `output_dir`.
-    """
-    for place in (folder, *folder.absolute().parents):
-        try:
-            if os.path.lexists(place) and not place.is_dir():
-                raise InputError(f"`output_dir`: {place} is a file; choose a folder")
-            tempfile.TemporaryDirectory(dir=place).cleanup()  # os.access is wrong for root, and on Windows
-            return
-        except (FileNotFoundError, NotADirectoryError):  # the folder does not exist yet: try its parent
-            continue
-        except OSError as error:
-            raise InputError(
-                f"`output_dir`: {place} cannot be written: {error.strerror}; allow writing or choose another folder"
-            ) from error
+    """Raise an InputError unless a folder can be written, or created if it does not exist; change nothing."""
+    place = next((place for place in (folder, *folder.absolute().parents) if os.path.lexists(place)), folder)
+    try:
+        tempfile.TemporaryDirectory(dir=place).cleanup()  # os.access is wrong for root, and on Windows
+    except OSError as error:
+        raise InputError(f"`output_dir`: {place} cannot be written: {error.strerror}; choose another folder") from error

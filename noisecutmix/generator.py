@@ -13,8 +13,7 @@ from PIL import Image
 
 from .checkpoint import load_pipeline
 from .classes import DEFAULT_PROMPT, Classes, check_prompt, find_placeholders, find_repeated, load_classes
-from .errors import InputError, RunError, first_line, is_out_of_memory
-from .pipeline import NonFiniteImageError
+from .errors import InputError, RunError, is_out_of_memory
 from .plan import Item, Plan
 from .quiet import quiet_libraries
 from .ranges import RANGES, Range, check_resolution
@@ -193,13 +192,7 @@ class NoiseCutMixGenerator:
         except RunError:
             raise
         except RuntimeError as error:  # the base of torch's compilation errors, whose messages can have 10 kB
-            cause: BaseException = error
-            while cause.__cause__:
-                cause = cause.__cause__
-            reason = f"{type(cause).__name__}: {first_line(cause)}"[:300]
-            if "compiler" in reason.lower():
-                reason = "PyTorch finds no C++ compiler; install g++ (on Windows the Visual Studio Build Tools)"
-            raise RunError(f"`compile`: {reason}; try without it") from error
+            raise RunError(f"`compile`: {str(error)[:300]}; without it the run is only slower") from error
 
     def _as_labels(self, name: str, labels: Labels) -> list[int]:
         valid = Range(int, 0, self.num_classes - 1)
@@ -210,26 +203,19 @@ class NoiseCutMixGenerator:
         if self._pads_batches:
             batch += [batch[-1]] * (self.batch_size - len(batch))
         is_mixed = not self.plan.single_class
-        try:
-            images: list[Image.Image] = self.pipe(
-                mask=[item.mask() for item in batch] if is_mixed else None,
-                height=batch[0].resolution,
-                width=batch[0].resolution,
-                num_inference_steps=self.num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                guidance_interval=self.guidance_interval,
-                generator=[torch.Generator().manual_seed(item.noise_seed) for item in batch],
-                prompt_1_embeds=self._encode([self._prompts[item.target] for item in batch]),
-                prompt_2_embeds=self._encode([self._prompts[item.aug] for item in batch]) if is_mixed else None,
-                negative_prompt_embeds=self._encode([""] * len(batch)),
-                return_dict=False,
-            )[0]
-        except NonFiniteImageError as error:
-            numbers = ", ".join(dict.fromkeys(str(batch[index].index) for index in error.indices))
-            raise RunError(
-                f"item {numbers}: the picture is not finite, as happens when float16 overflows; use `dtype=bfloat16` "
-                "(a data set that was begun in float16 has to be started again)"
-            ) from error
+        images: list[Image.Image] = self.pipe(
+            mask=[item.mask() for item in batch] if is_mixed else None,
+            height=batch[0].resolution,
+            width=batch[0].resolution,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            guidance_interval=self.guidance_interval,
+            generator=[torch.Generator().manual_seed(item.noise_seed) for item in batch],
+            prompt_1_embeds=self._encode([self._prompts[item.target] for item in batch]),
+            prompt_2_embeds=self._encode([self._prompts[item.aug] for item in batch]) if is_mixed else None,
+            negative_prompt_embeds=self._encode([""] * len(batch)),
+            return_dict=False,
+        )[0]
         return images[: len(items)]
 
     def _encode(self, prompts: list[str]) -> torch.Tensor:

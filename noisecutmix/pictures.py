@@ -15,15 +15,6 @@ LARGEST_PICTURE = 500_000_000  # pixels; the largest camera sensors have fewer
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")  # those at which coded data end
 FEWEST_ZEROS = 256  # at the end of a WebP image, which compressed data do not have
 ORIENTATION, PHOTOMETRIC, BITS_PER_SAMPLE = 274, 262, 258  # EXIF and TIFF tags
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def open_photo(file: Path) -> Image.Image:
@@ -107,7 +98,9 @@ def _has_end_of_jpeg(content: bytes) -> bool:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    turn, profile = _read_turn(image), image.info.get("icc_profile")
+    orientation, profile = None, image.info.get("icc_profile")
+    with contextlib.suppress(Exception):  # EXIF without any structure; damage to other tags does not matter
+        orientation = image.getexif().get(ORIENTATION)
     if image.mode.startswith(("I", "F")):
         image = _scale_to_8_bits(image)
     has_alpha = "transparency" in image.info or image.mode.endswith(("A", "a"))
@@ -117,16 +110,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if has_alpha:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    return image if turn is None else image.transpose(turn)
-
-
-def _read_turn(image: Image.Image) -> Image.Transpose | None:
-    """Return how EXIF says that the picture is to be turned; other tags do not matter, even where they are damaged."""
-    try:
-        orientation: Any = image.getexif().get(ORIENTATION)
-    except Exception:  # EXIF without any structure
-        return None
-    return TURNS.get(orientation)
+    image.info.clear()  # else Pillow would write EXIF anew, and fail at damaged tags
+    image.getexif()[ORIENTATION] = orientation
+    return ImageOps.exif_transpose(image)
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

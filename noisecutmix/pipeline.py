@@ -19,15 +19,6 @@ Mask = Image.Image | np.ndarray | torch.Tensor
 Prompt = str | list[str]
 
 
-class NonFiniteImageError(RunError):
-    """Pictures contain nan or infinity; `indices` are their positions in the batch."""
-
-    def __init__(self, indices: list[int], dtype: torch.dtype):
-        advice = "use `dtype=bfloat16`" if dtype == torch.float16 else "are the model's weights finite?"
-        super().__init__(f"pictures {indices} of the batch are not finite in {dtype}; {advice}")
-        self.indices = indices
-
-
 class NoiseCutMixPipeline(StableDiffusionPipeline):
     """Stable Diffusion with two prompts for each picture: `prompt_1` where the mask is white, `prompt_2` where black.
 
@@ -93,7 +84,7 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         Raises:
             InputError, ValueError: an argument is wrong; the message names it.
             TypeError: prompt_1 and negative_prompt are not both texts or both lists.
-            NonFiniteImageError: a decoded picture contains nan or infinity.
+            RunError: a decoded picture contains nan or infinity.
         """
         # 0. Default height and width
         sample_size = self.unet.config.sample_size
@@ -242,13 +233,14 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         return VaeImageProcessor(vae_scale_factor=1, do_normalize=False, do_binarize=False, do_convert_grayscale=True)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the pictures (B, 3, height, width), -1 to 1, or raise NonFiniteImageError."""
+        """Return the pictures (B, 3, height, width), -1 to 1, or raise a RunError."""
         pixels = latents[0, 0].numel() * self.vae_scale_factor**2  # of a picture
         parts = (latents / self.vae.config.scaling_factor).split(max(1, PIXELS_AT_ONCE // pixels))
         decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
-        is_finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
-        if not all(is_finite):
-            raise NonFiniteImageError([index for index, finite in enumerate(is_finite) if not finite], decoded.dtype)
+        if not torch.isfinite(decoded).all():
+            raise RunError(
+                f"a picture is not finite in {decoded.dtype}; use `dtype=bfloat16`, and another folder for a data set"
+            )
         return decoded
 
 

@@ -1,6 +1,5 @@
 """The valid values of options, for the flags and in Python. Imports no numpy."""
 
-import contextlib
 import math
 import numbers
 from dataclasses import dataclass
@@ -31,14 +30,9 @@ class Range:
         Raises:
             InputError: `value` is of another kind or outside the range. The message names the parameter `name`.
         """
-        if type(value) is self.kind and self.lowest <= value <= self.highest:  # the quick way; false for nan
-            return value
         number: Any = numbers.Integral if self.kind is int else numbers.Real
-        if isinstance(value, number) and not isinstance(value, bool):
-            with contextlib.suppress(OverflowError):  # an integer that is too large for a float
-                converted = self.kind(value)
-                if self.lowest <= converted <= self.highest:
-                    return converted
+        if isinstance(value, number) and not isinstance(value, bool) and self.lowest <= value <= self.highest:
+            return self.kind(value)
         raise InputError(f"`{name}`: has to be {self}, not {value!r}")
 
 

@@ -2,10 +2,9 @@
 
 import argparse
 import hashlib
-import json
+import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .errors import InputError
+from .files import read_json
 from .ranges import default_dtype
 from .sources import find_checkpoint_files, find_model
 
@@ -35,46 +35,23 @@ def item_file_name(part: str, num_items: int) -> str:
     return f"{part}/{PREFIXES[part]}_%0{count_digits(num_items)}d.png"
 
 
-@dataclass(frozen=True)
-class Record:
-    """The content of run.json: how the run that created the data set was started.
+def read_record(file: Path, flag: str, **kinds: type) -> dict[str, Any] | None:
+    """Return what `read_json` does; None where the file is missing or empty, as after a kill between both."""
+    return read_json(file, flag, **kinds) if os.path.isfile(file) and os.path.getsize(file) else None
 
-    Args:
-        num_aug: the number of items that run asked for.
-        options: all options that the data depend on, as JSON values (see `data_options`).
-        command: its words; the same command continues the data set.
-        has_marks: whether the pictures hold a hash of the options; those of earlier versions do not.
-    """
 
-    num_aug: int
-    options: dict[str, Any]
-    command: list[str]
-    has_marks: bool
+def read_run(folder: Path, flag: str) -> dict[str, Any] | None:
+    """Return the content of a data set's run.json, None if there is none. Raises InputError if it is damaged."""
+    return read_record(folder / RUN_FILE, flag, num_aug=int, options=dict)
 
-    @classmethod
-    def read(cls, file: Path) -> "Record | None":
-        """Return the record in a file, None where there is no file or an empty one.
 
-        Raises:
-            InputError: the file cannot be read, or this program has not written it.
-        """
-        try:
-            text = file.read_text(encoding="utf-8")
-            if not text:
-                return None
-            content = json.loads(text)
-            last_run = content["runs"][-1] if "runs" in content else content  # earlier versions listed every run
-            num_aug, options, command = content["num_aug"], content["options"], last_run["command"]
-            is_command = isinstance(command, list) and command and all(isinstance(word, str) for word in command)
-            if not (is_command and isinstance(options, dict) and type(num_aug) is int and num_aug > 0):
-                raise ValueError
-            return cls(num_aug, options, command, has_marks="runs" not in content)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror}; make it readable") from error
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise InputError(f"{file} is not as this program writes it; choose another folder") from error
+def check_same(root: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise an InputError unless a folder was made with the same options."""
+    if differences := describe_differences(there, now):
+        raise InputError(
+            f"`output_dir`: {root} was made with another {differences}; "
+            "give the same options, choose another folder, or delete this one"
+        )
 
 
 def data_options(options: argparse.Namespace, device: str) -> dict[str, Any]:

@@ -4,12 +4,12 @@ A sample is one use of a picture in training. It is a pure function of the seed 
 holds no random state, and the same effective batch trains the same weights (to rounding) on any number of processes.
 """
 
-import contextlib
+import argparse
 import functools
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,31 +75,22 @@ class PictureLatents:
     Args:
         vae: the frozen VAE, on its device and in its dtype.
         photos: the pictures.
-        resolution: side of the pictures in pixels, a multiple of the VAE's factor.
-        random_flip: whether mirror images are encoded, too.
-        random_crop: whether each sample has its own crop, which is encoded when the sample is used.
+        settings: `resolution`; `random_flip`, whether mirror images are encoded, too; and `random_crop`, whether each
+            sample has its own crop, which is encoded when the sample is used.
         accelerator: the processes, which share the encoding, and the device.
 
     Attributes:
         shape: shape of the latents of one picture, (channels, height, width).
     """
 
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        photos: Photos,
-        resolution: int,
-        random_flip: bool,
-        random_crop: bool,
-        accelerator: Accelerator,
-    ):
+    def __init__(self, vae: AutoencoderKL, photos: Photos, settings: argparse.Namespace, accelerator: Accelerator):
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.shape = (vae.config.latent_channels, resolution // factor, resolution // factor)
+        self.shape = (vae.config.latent_channels, settings.resolution // factor, settings.resolution // factor)
         self._vae = vae
         self._photos = photos
-        self._resolution = resolution
-        self._flips = (False, True) if random_flip else (False,)
-        self._random_crop = random_crop
+        self._resolution = settings.resolution
+        self._flips = (False, True) if settings.random_flip else (False,)
+        self._random_crop = settings.random_crop
         self._accelerator = accelerator
         self._pool = ThreadPoolExecutor()
         self._reading: dict[View, Future[torch.Tensor]] = {}
@@ -138,12 +129,15 @@ class PictureLatents:
         row_shape, itemsize = (len(self._flips), 2, *self.shape), self._vae.dtype.itemsize
         num_pictures, row_bytes = len(self._photos.files), itemsize * math.prod(row_shape)
         size = num_pictures * (row_bytes + CHECKSUM_BYTES)
-        with _naming(file, size):
+        try:
             if self._accelerator.is_main_process:
                 with open(file, "ab") as content:
                     content.truncate(size)
             self._accelerator.wait_for_everyone()
             self._encode_own_share(file, row_bytes, made_for)
+        except OSError as error:
+            need = f"the encoded pictures need {size / 1e9:.1f} GB there"
+            raise RunError(f"{file}: {error.strerror}; {need}") from error
         self._accelerator.wait_for_everyone()
         flat = torch.from_file(str(file), shared=False, size=size // itemsize, dtype=self._vae.dtype)
         self._encoded = flat.reshape(num_pictures, -1)[:, : row_bytes // itemsize].view(num_pictures, *row_shape)
@@ -204,12 +198,3 @@ class PictureLatents:
 
 def _checksum(values: bytes, picture: int, made_for: str) -> bytes:
     return zlib.crc32(values, zlib.crc32(f"{picture} {made_for}".encode())).to_bytes(CHECKSUM_BYTES, "little")
-
-
-@contextlib.contextmanager
-def _naming(file: Path, size: int) -> Iterator[None]:
-    """Raise an operating system's error as a RunError that names the file and its full size."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{file}: {error.strerror}; the encoded pictures need {size / 1e9:.1f} GB there") from error

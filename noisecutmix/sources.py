@@ -2,12 +2,12 @@
 
 import contextlib
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from .classes import EMBEDDINGS_FILE, LORA_FILE
 from .errors import InputError, first_line
+from .files import read_json
 
 WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 LOADED = (*WITH_WEIGHTS, "tokenizer", "scheduler")
@@ -21,17 +21,11 @@ def find_checkpoint_files(ckpt_path: Path) -> tuple[Path, Path, Path]:
         InputError: there is no such folder, or the LoRA or the embeddings are missing or cannot be read.
     """
     hint = "download or train a Diff-Mix checkpoint (README), or give its folder with `ckpt_path`"
-    if not ckpt_path.is_dir():
-        raise InputError(f"`ckpt_path`: {ckpt_path} {'is a file' if ckpt_path.exists() else 'does not exist'}; {hint}")
     lora, pickled = ckpt_path / LORA_FILE, (ckpt_path / LORA_FILE).with_suffix(".bin")
     lora = pickled if pickled.exists() and not lora.exists() else lora
     for file in (lora, ckpt_path / EMBEDDINGS_FILE):
-        try:
-            open(file, "rb").close()
-        except FileNotFoundError:
-            raise InputError(f"`ckpt_path`: {ckpt_path} has no {file.name}; {hint}") from None
-        except OSError as error:
-            raise InputError(f"`ckpt_path`: {file} cannot be read: {error.strerror}") from error
+        if not file.is_file():
+            raise InputError(f"`ckpt_path`: {ckpt_path} has no {file.name}; {hint}")
     return lora, ckpt_path / EMBEDDINGS_FILE, ckpt_path / ADAPTER_FILE
 
 
@@ -66,12 +60,8 @@ def read_vae_factor(model: str) -> int:
     """
     if not Path(model).is_dir():
         return 8
-    config = Path(model) / "vae" / "config.json"
-    try:
-        channels = json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]
-        return 1 << (len(channels) - 1)  # each block but the last halves the sides; ValueError if there is none
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"`model`: {config} cannot be read; {model} is no diffusers model folder") from error
+    config = read_json(Path(model) / "vae" / "config.json", "model", block_out_channels=list)
+    return 1 << max(0, len(config["block_out_channels"]) - 1)  # each block but the last halves the sides
 
 
 def _find_first(folder: Path, patterns: list[str]) -> list[Path]:

@@ -1,11 +1,11 @@
 """Fine-tuning as Diff-Mix does it: train a LoRA on the UNet's attention and one new token per class."""
 
+import argparse
 import contextlib
 import math
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,27 +32,6 @@ LONGEST_WAIT = timedelta(hours=3)  # for another process: one of them draws prev
 # before the class's name in the folders of some data sets: 001.Black_footed_Albatross, n02085620-Chihuahua
 FOLDER_NUMBER = re.compile(r"n?\d+[\s._-]+(?=.*[^\W\d_])")
 MIXED_PRECISION = {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The training options, as `ckpts/finetune.py --help` explains them. `dtype` is float16, bfloat16 or float32."""
-
-    model: str
-    meta_class: str
-    resolution: int
-    random_crop: bool
-    random_flip: bool
-    rank: int
-    max_train_steps: int
-    train_batch_size: int
-    gradient_accumulation_steps: int
-    learning_rate: float
-    token_learning_rate: float
-    lr_scheduler: str
-    gradient_checkpointing: bool
-    dtype: str
-    seed: int
 
 
 def create_accelerator(device: str, dtype: str) -> Accelerator:
@@ -116,7 +95,7 @@ class Trainer:
     """The model under training, and its steps.
 
     Args:
-        settings: the training options.
+        settings: the options of `ckpts/finetune.py`.
         photos: the training pictures.
         accelerator: the processes, the device and the mixed precision.
 
@@ -128,7 +107,7 @@ class Trainer:
         InputError: the model cannot be loaded, or its text encoder cannot read the captions.
     """
 
-    def __init__(self, settings: Settings, photos: Photos, accelerator: Accelerator):
+    def __init__(self, settings: argparse.Namespace, photos: Photos, accelerator: Accelerator):
         self.settings = settings
         self.photos = photos
         self._accelerator = accelerator
@@ -160,10 +139,7 @@ class Trainer:
         self._rate_factor = schedule.lr_lambdas[0]  # a function of the step alone, so a state does not hold it
         self._model, self._optimizer = accelerator.prepare(NoiseEstimator(pipe.unet, pipe.text_encoder), optimizer)
         self._scaling_factor: float = pipe.vae.config.scaling_factor
-        vae = pipe.vae.to(accelerator.device)
-        self.latents = PictureLatents(
-            vae, photos, settings.resolution, settings.random_flip, settings.random_crop, accelerator
-        )
+        self.latents = PictureLatents(pipe.vae.to(accelerator.device), photos, settings, accelerator)
 
     @property
     def rows(self) -> nn.Parameter:

@@ -9,7 +9,7 @@ from typing import Any
 from .classes import CLASSES_FILE, EMBEDDINGS_FILE, FINETUNE_FILE, LORA_FILE
 from .errors import InputError
 from .files import atomic_file, create_file, delete_old_temporary_files
-from .record import PREVIEW_FILE, describe_differences
+from .record import PREVIEW_FILE, check_same, read_record
 from .script import say
 
 LATENTS_FILE = "latents.bin"
@@ -122,12 +122,8 @@ class TrainingFolder:
                 opened.write(content)
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        differences = describe_differences(self.record["options"], options) if self.record else ""
-        if differences:
-            raise InputError(
-                f"`output_dir`: {self.root} was made with another {differences}; "
-                "give the same options, delete the folder, or choose another"
-            )
+        if self.record:
+            check_same(self.root, self.record["options"], options)
 
     def _state_file(self, step: int) -> Path:
         return self.root / f"state_{step:08d}.pt"
@@ -138,21 +134,11 @@ class TrainingFolder:
 
     def _read_record(self) -> dict[str, Any]:
         """Return the content of finetune.json, {} if there is none. Raises InputError as the constructor does."""
-        if not self._record_file.exists():
-            foreign = [name for name in CHECKPOINT if (self.root / name).exists()]
-            if foreign:
-                raise InputError(
-                    f"`output_dir`: {self.root / foreign[0]} is not from this program; choose another folder"
-                )
-            return {}
-        try:
-            record: dict[str, Any] = json.loads(self._record_file.read_text(encoding="utf-8"))
-            dict(record["options"]), int(record["steps"]), list(record["losses"]), str(record["listing"])
-            return record
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"`output_dir`: {self._record_file} is not as this version writes it; choose another folder"
-            ) from error
+        record = read_record(self._record_file, "output_dir", options=dict, steps=int, losses=list, listing=str)
+        for file in (self.root / name for name in CHECKPOINT):
+            if record is None and file.exists():
+                raise InputError(f"`output_dir`: {file} is not from this program; choose another folder")
+        return record or {}
 
 
 def _encode(content: dict[str, Any]) -> bytes:

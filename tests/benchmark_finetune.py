@@ -35,7 +35,7 @@ from noisecutmix.classes import load_classes, normalise
 from noisecutmix.photos import find_photos
 from noisecutmix.pictures import crop_square, open_photo
 from noisecutmix.samples import plan_sample
-from noisecutmix.training import LORA_LAYERS, Settings, Trainer, create_accelerator
+from noisecutmix.training import LORA_LAYERS, Trainer, create_accelerator
 
 NUM_CLASSES, PICTURES_A_CLASS = 10, 2
 WAYS = ("plain", "finetune.py")
@@ -47,7 +47,7 @@ class Setup:
 
     data_dir: Path
     device: str
-    settings: Settings
+    settings: argparse.Namespace
 
 
 class PlainLoop:
@@ -208,7 +208,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
         build(folder, SHAPES[options.arch])
         model, resolution = str(folder / "base"), SHAPES[options.arch].resolution
     resolution = options.resolution or resolution
-    settings = Settings(
+    settings = argparse.Namespace(
         model=model,
         meta_class="thing",
         resolution=resolution,

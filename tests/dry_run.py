@@ -4,9 +4,10 @@
 measured.
 """
 
+import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -116,12 +117,14 @@ def compute_training(
     usages = []
     for gradient_checkpointing in (False, True):
         for batch_size in batch_sizes:
-            settings = replace(
-                SETTINGS,
-                resolution=resolution,
-                train_batch_size=batch_size,
-                gradient_checkpointing=gradient_checkpointing,
-                dtype=dtype,
+            settings = argparse.Namespace(
+                **{
+                    **vars(SETTINGS),
+                    "resolution": resolution,
+                    "train_batch_size": batch_size,
+                    "gradient_checkpointing": gradient_checkpointing,
+                    "dtype": dtype,
+                }
             )
             # on a "meta" device: for a backward pass on CUDA, PyTorch needs a driver
             with tempfile.TemporaryDirectory() as folder, FakeCard("meta") as card:

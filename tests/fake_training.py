@@ -1,5 +1,6 @@
 """A training step of ckpts/finetune.py on a card that is not there: see fake_card.py."""
 
+import argparse
 import contextlib
 import functools
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ from random_models import Shape, build_components, class_names
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from noisecutmix.photos import Photos
-from noisecutmix.training import Settings, Trainer
+from noisecutmix.training import Trainer
 
-SETTINGS = Settings(
+SETTINGS = argparse.Namespace(
     model="random/weights",
     meta_class="thing",
     resolution=32,
@@ -93,7 +94,7 @@ class OneCard:
         return tensor
 
 
-def build_trainer(card: FakeCard, shape: Shape, folder: Path, settings: Settings) -> Trainer:
+def build_trainer(card: FakeCard, shape: Shape, folder: Path, settings: argparse.Namespace) -> Trainer:
     """Return a trainer on the card, which is active; weights have no values. Each batch is of one grey picture."""
     picture = folder / "picture.png"
     Image.new("RGB", (settings.resolution, settings.resolution), "grey").save(picture)

@@ -6,7 +6,7 @@ every read by the host within the denoising loop. So each test that draws also c
 
 import contextlib
 import re
-from dataclasses import replace
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -253,7 +253,7 @@ def test_live_memory_is_counted_from_allocation_to_release():
 
 def test_a_training_step_costs_what_a_real_one_does(tmp_path):
     build(tmp_path, SHAPES["tiny"])
-    settings = replace(SETTINGS, model=str(tmp_path / "base"))
+    settings = Namespace(**{**vars(SETTINGS), "model": str(tmp_path / "base")})
     for label in range(2):
         (tmp_path / "photos" / str(label)).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "photos" / str(label) / "0.png")

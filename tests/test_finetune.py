@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +33,7 @@ from noisecutmix.photos import find_photos
 from noisecutmix.pictures import crop_square, open_photo
 from noisecutmix.plan import Item
 from noisecutmix.samples import PictureLatents, plan_sample
-from noisecutmix.training import Settings, Trainer, create_accelerator
+from noisecutmix.training import Trainer, create_accelerator
 
 SCRIPT = "ckpts/finetune.py"
 LORA, EMBEDDINGS = "pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"
@@ -122,7 +123,7 @@ def contents_of(folder):
 
 
 def create_trainer(tiny_model, photos, **changes):
-    settings = Settings(model=str(tiny_model), **{**SETTINGS, **changes})
+    settings = Namespace(model=str(tiny_model), **{**SETTINGS, **changes})
     return Trainer(settings, find_photos(photos), create_accelerator("cpu", settings.dtype))
 
 
@@ -395,7 +396,7 @@ def test_a_loss_scaler_skips_a_step_that_overflows(tiny_model, photos, tmp_path)
     """As with float16 on a GPU, where this is normal."""
     accelerator = create_accelerator("cpu", "float32")
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    trainer = Trainer(Settings(model=str(tiny_model), **SETTINGS), find_photos(photos), accelerator)
+    trainer = Trainer(Namespace(model=str(tiny_model), **SETTINGS), find_photos(photos), accelerator)
     trainer.latents.encode(tmp_path / "latents.bin", "")
     before, scale = trainer.rows.detach().clone(), accelerator.scaler.get_scale()
     hook = trainer.rows.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
