@@ -28,7 +28,6 @@ from noisecutmix.ranges import RANGES, Range
 from noisecutmix.training_folder import TrainingFolder
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from PIL import Image
 
 PASSES, FEWEST_STEPS = 47, 1000  # Diff-Mix's budget for CUB: 280,000 pictures over 5,994
@@ -127,7 +126,7 @@ def main() -> None:
         "model": options.model,
         "resolution": options.resolution,
         "meta_class": options.meta_class,
-        "options": training_options(options, photos, steps, check_pictures(options, photos, folder, listing)),
+        "options": training_options(options, photos, check_pictures(options, photos, folder, listing)),
         "listing": listing,
         **record.describe_program(),
         "processes": num_processes,
@@ -135,7 +134,7 @@ def main() -> None:
     }
     folder.check_usable(description["options"], steps)
     if not folder.is_complete(steps):
-        train_and_draw(options, photos, steps, folder, description)
+        train_and_draw(options, photos, folder, description)
     if script.is_first_process():
         print(f"{folder.root} is complete: {steps} steps; look at {folder.root / record.PREVIEW_FILE}, then run")
         name = folder.root.as_posix()
@@ -199,13 +198,13 @@ def check_pictures(options: argparse.Namespace, photos: Photos, folder: Training
     return record.fingerprint_files(photos.root, photos.files)
 
 
-def training_options(options: argparse.Namespace, photos: Photos, steps: int, pictures: str) -> dict[str, Any]:
+def training_options(options: argparse.Namespace, photos: Photos, pictures: str) -> dict[str, Any]:
     """Return what the weights depend on, as JSON values. A run is continued only if all of them are the same."""
     return {
         **{name: getattr(options, name) for name in RECIPE},
         "examples_per_class": options.examples_per_class,
         "effective_batch": options.effective_batch,
-        **({} if options.lr_scheduler == "constant" else {"max_train_steps": steps}),
+        **({} if options.lr_scheduler == "constant" else {"max_train_steps": options.max_train_steps}),
         "class_names": list(photos.class_names),
         "num_pictures": len(photos.files),
         "pictures": pictures,
@@ -214,7 +213,7 @@ def training_options(options: argparse.Namespace, photos: Photos, steps: int, pi
 
 
 def train_and_draw(
-    options: argparse.Namespace, photos: Photos, steps: int, folder: TrainingFolder, description: dict[str, Any]
+    options: argparse.Namespace, photos: Photos, folder: TrainingFolder, description: dict[str, Any]
 ) -> None:
     """Train the remaining steps, write the checkpoint, draw the preview."""
     from accelerate.utils import broadcast_object_list, gather_object
@@ -229,9 +228,9 @@ def train_and_draw(
         if differences:
             raise InputError(f"the processes have another {differences}; use the same command and files in all of them")
     try:
-        (needs_training,) = broadcast_object_list([folder.checkpoint_steps < steps])
+        (needs_training,) = broadcast_object_list([folder.checkpoint_steps < options.max_train_steps])
         if needs_training:
-            train(options, photos, steps, folder, description, accelerator)
+            train(options, photos, folder, description, accelerator)
         if accelerator.is_main_process:
             accelerator.free_memory()
             folder.latents_file.unlink(missing_ok=True)
@@ -246,12 +245,7 @@ def train_and_draw(
 
 
 def train(
-    options: argparse.Namespace,
-    photos: Photos,
-    steps: int,
-    folder: TrainingFolder,
-    description: dict[str, Any],
-    accelerator: "Accelerator",
+    options: argparse.Namespace, photos: Photos, folder: TrainingFolder, description: dict[str, Any], accelerator: Any
 ) -> None:
     """Train from the newest state; write a state and the checkpoint at each interval and at the end."""
     from accelerate.utils import broadcast_object_list
@@ -261,7 +255,7 @@ def train(
 
     trainer = Trainer(options, photos, accelerator)  # before anything is written: it may refuse the model
     is_main = accelerator.is_main_process
-    first, state = 0, {}  # type: int, dict[str, Any]
+    first, state, steps = 0, {}, options.max_train_steps  # type: int, dict[str, Any], int
     if is_main:
         folder.begin(description)
         first, state = folder.find_state()

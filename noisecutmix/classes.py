@@ -70,9 +70,9 @@ def _read_bundled(name: str) -> Classes:
 def _read_finetuned(folder: Path) -> Classes:
     if not (folder / FINETUNE_FILE).is_file():
         raise InputError(f"`data_name`: {folder} has no {FINETUNE_FILE}; give a folder that ckpts/finetune.py wrote")
-    settings = read_json(folder / FINETUNE_FILE, "data_name", model=str, resolution=int, command=list)
+    settings = read_json(folder / FINETUNE_FILE, "data_name", model=str, resolution=int)
     if not (folder / CLASSES_FILE).is_file():
-        command = shlex.join(map(str, settings["command"]))
+        command = shlex.join(map(str, settings.get("command", ["python", "ckpts/finetune.py"])))
         raise InputError(f"`data_name`: the training in {folder} has no checkpoint yet; continue it with: {command}")
     classes = _read_classes(folder / CLASSES_FILE)
     return dataclasses.replace(classes, model=settings["model"], resolution=settings["resolution"], ckpt_path=folder)
@@ -82,7 +82,7 @@ def _read_classes(path: Path) -> Classes:
     content = read_json(path, "data_name", classes=list, meta_class=str)
     names, meta_class = content["classes"], content["meta_class"]
     if len(names) < 2 or not all(map(_is_text, [*names, meta_class])):
-        raise InputError(f"`data_name`: {path} has to hold a list classes of two names or more, and a text meta_class")
+        raise InputError(f'`data_name`: {path} needs at least two names in "classes", and a word in "meta_class"')
     if repeated := find_repeated(names):
         raise InputError(f"`data_name`: {path} names {repeated!r} twice; case is ignored, '/' and '_' are spaces")
     return Classes(tuple(names), meta_class)

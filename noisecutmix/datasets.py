@@ -41,9 +41,9 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         record = read_run(self.root, "root")
         if record is None:
             raise InputError(f"{self.root} has no run.json; it is not a data set of augmentation.py")
-        words = record.get("runs", [record])[-1].get("command", [])  # earlier versions listed every run
-        # the last --output_dir counts; the folder may be a copy
-        self._command = shlex.join([*map(str, words), f"--output_dir={self.root}"])
+        # the last --output_dir counts: the folder may be a copy
+        command = [*map(str, record.get("command", ["python", "augmentation.py"])), f"--output_dir={self.root}"]
+        self._command = shlex.join(command)
         try:
             self._check_files(record["num_aug"])
         except OSError as error:

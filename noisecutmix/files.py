@@ -4,10 +4,8 @@ import contextlib
 import io
 import json
 import os
-import re
 import struct
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +18,6 @@ from .errors import InputError
 
 PNG_COLOR_TYPES = {"L": 0, "RGB": 2}
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
-LONGEST_WRITE = 3600  # seconds; an older temporary file is one of a killed process
 
 
 @contextlib.contextmanager
@@ -76,25 +72,21 @@ def create_file(path: Path, content: bytes) -> bool:
 
 
 def read_json(file: Path, flag: str, **kinds: type) -> dict[str, Any]:
-    """Return the object in a JSON file, which has to hold these values. Raises an InputError that names `flag`."""
+    """Return the object in a JSON file, which has to hold values of these names and types.
+
+    Raises:
+        InputError: it cannot be read, or does not. The message names the parameter `flag`.
+    """
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8-sig"))
-        wrong = [name for name, kind in kinds.items() if type(content[name]) is not kind]
     except OSError as error:
         raise InputError(f"`{flag}`: {file} cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"`{flag}`: {file} is not as expected ({type(error).__name__}: {error})") from error
-    if wrong:
-        raise InputError(f"`{flag}`: {file} is not as expected: {wrong[0]} is of another type")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"`{flag}`: {file} is not valid JSON: {error}") from error
+    for name, kind in kinds.items():
+        if not isinstance(content, dict) or type(content.get(name)) is not kind:
+            raise InputError(f'`{flag}`: {file} has no "{name}" of type {kind.__name__}')
     return content
-
-
-def delete_old_temporary_files(folder: Path) -> None:
-    """Delete what killed processes left in a folder; what a running one writes stays."""
-    for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):
-            if TEMPORARY_NAME.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > LONGEST_WRITE:
-                os.unlink(entry)
 
 
 def write_png(path: Path, image: Image.Image, comment: str = "") -> None:

@@ -159,8 +159,6 @@ class OutputFolder:
                 labels.write(self._label_row(item))
                 metadata.write(self._metadata_line(item))
             self._check_still_ours()
-        for folder in (self.root, *(self.root / part for part in record.PREFIXES)):
-            files.delete_old_temporary_files(folder)
 
     def _path(self, part: str, index: int) -> Path:
         return self.root / (record.item_file_name(part, self.num_items) % index)

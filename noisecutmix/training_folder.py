@@ -8,7 +8,7 @@ from typing import Any
 
 from .classes import CLASSES_FILE, EMBEDDINGS_FILE, FINETUNE_FILE, LORA_FILE
 from .errors import InputError
-from .files import atomic_file, create_file, delete_old_temporary_files
+from .files import atomic_file, create_file
 from .record import PREVIEW_FILE, check_same, read_record
 from .script import say
 
@@ -69,7 +69,6 @@ class TrainingFolder:
             InputError: another run has just begun here, with other options.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        delete_old_temporary_files(self.root)
         create_file(self._record_file, _encode({**record, "steps": 0, "losses": []}))
         self.record = {**self._read_record(), "listing": record["listing"]}
         self._check_options(record["options"])

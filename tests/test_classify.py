@@ -189,7 +189,7 @@ def test_changed_augmented_pictures_are_refused_by_name(folder):
     arguments = ["--augmented=ours=aug", "--rows", "none", "cutmix", "--epochs=1", "--seeds=1"]
     classify(folder, *arguments)
     shutil.copy(folder / "aug" / "image" / "gen_0001.png", folder / "aug" / "image" / "gen_0000.png")
-    with pytest.raises(InputError, match="--output_dir: out holds a comparison with another augmented"):
+    with pytest.raises(InputError, match="--output_dir: out was made with another augmented"):
         classify(folder, *arguments)
 
 

@@ -189,7 +189,7 @@ BAD_FLAGS = {
     "no data_dir": (["--meta_class=bird"], "--data_dir"),
     "blank meta_class": (["--meta_class= "], "--meta_class: is blank"),
     "output within the pictures": (["--output_dir=birds/out"], "--output_dir: birds/out lies in --data_dir"),
-    "output is a file": (["--output_dir=a_file"], "--output_dir: .*is a file"),
+    "output is a file": (["--output_dir=a_file"], "--output_dir: a_file cannot be written"),
     "resolution": (["--resolution=17"], "--resolution: has to be a multiple of 2, not 17"),
     "rank": (["--rank=0"], "--rank: has to be a whole number from 1 to 1024"),
     "steps": (["--max_train_steps=0"], "--max_train_steps: "),
@@ -283,7 +283,7 @@ def test_a_foreign_checkpoint_is_not_overwritten(tmp_path, flags, tiny_checkpoin
 def test_a_record_of_another_program_or_an_earlier_version_is_refused(tmp_path, flags, trained, content):
     (copy_of(trained, tmp_path) / "finetune.json").write_text(content)
     before = contents_of(tmp_path)
-    with pytest.raises(InputError, match=r"--output_dir: .*finetune\.json is not as this version writes it; choose an"):
+    with pytest.raises(InputError, match=r"--output_dir: .*(finetune\.json has no|is not from this program)"):
         finetune(tmp_path, *flags)
     assert contents_of(tmp_path) == before
 

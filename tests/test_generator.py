@@ -11,7 +11,6 @@ from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.classes import Classes, load_classes
 from noisecutmix.errors import InputError, RunError, is_out_of_memory
 from noisecutmix.generator import create_generator
-from noisecutmix.pipeline import NonFiniteImageError
 from noisecutmix.plan import Plan
 
 
@@ -209,6 +208,3 @@ def test_messages_during_a_run_name_parameters(monkeypatch):
 
     message = fail_with(RuntimeError("CUDA out of memory."))
     assert "`resolution`" in message and "`dtype=float16`" in message and "--" not in message
-    message = fail_with(NonFiniteImageError([0], torch.float16))
-    assert message.startswith("item 1: the picture is not finite")
-    assert "use `dtype=bfloat16`" in message and "--" not in message

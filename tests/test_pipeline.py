@@ -12,8 +12,7 @@ from diffusers.callbacks import (
 )
 from PIL import Image
 
-from noisecutmix.errors import InputError
-from noisecutmix.pipeline import NonFiniteImageError
+from noisecutmix.errors import InputError, RunError
 
 PROMPT_1, PROMPT_2 = "a photo of a <class_0> bird", "a photo of a <class_1> bird"
 # of float32 through 4 steps with guidance, relative to the range of the values
@@ -351,7 +350,7 @@ def test_no_global_random_state_is_read_or_changed(tiny_pipeline):
 def test_a_picture_that_is_not_finite_is_an_error(tiny_pipeline):
     latents = torch.zeros(2, 4, 8, 8)
     latents[1] = float("nan")
-    with pytest.raises(NonFiniteImageError) as caught:
+    with pytest.raises(RunError, match=r"a picture is not finite in torch\.float32"):
         draw(
             tiny_pipeline,
             prompt_1=[PROMPT_1] * 2,
@@ -361,8 +360,6 @@ def test_a_picture_that_is_not_finite_is_an_error(tiny_pipeline):
             generator=None,
             output_type="pil",
         )
-    assert caught.value.indices == [1]
-    assert "float32" in str(caught.value) and "bfloat16" not in str(caught.value)
 
 
 def test_a_scheduler_that_draws_noise_takes_it_from_the_generator(tiny_pipeline):

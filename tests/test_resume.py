@@ -8,7 +8,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import uuid
 import zlib
 
@@ -58,16 +57,12 @@ def test_damage_is_repaired_and_nothing_else_is_changed(whole, tmp_path, tiny_ar
     (out / "mask" / "mask_0009.png").unlink()
     (out / "mask" / "mask_0010.png").write_bytes(b"")
     (out / "image" / "gen_0007.png").write_bytes(png_with_sound_checksums_that_does_not_decode())
-    for name, age in (("gen_0004.png", 4000), ("mask_0004.png", 0)):  # of a process killed an hour ago, and of another
-        temporary = out / "image" / f".{name}.{uuid.uuid4().hex}.tmp"
-        temporary.write_bytes(b"half")
-        os.utime(temporary, (time.time() - age,) * 2)
+    temporary = out / "image" / f".gen_0004.png.{uuid.uuid4().hex}.tmp"  # of a process that was killed
+    temporary.write_bytes(b"half")
     mended = (3, 5, 6, 7, 9, 10)  # an item without its mask is drawn again, too
     before = {path: path.stat().st_mtime_ns for folder in ("image", "mask") for path in (out / folder).iterdir()}
 
     run_to_the_end(tmp_path, tiny_arguments, 20, "--verify")
-    assert [path.name[:14] for path in out.rglob(".*")] == [".mask_0004.png"]
-    temporary.unlink()
     assert files_of(out) == files_of(whole)
     written = {
         path.relative_to(out).as_posix()
@@ -157,7 +152,7 @@ def test_an_extended_data_set_equals_one_drawn_at_once(whole, tmp_path, tiny_arg
         ("--guidance_scale=3", "guidance_scale"),
         ("--prompt=one {name}", "prompt (a photo of a {name} {meta_class} there, one {name} now)"),
         (["--alpha=2", "--seed=1"], "seed (0 there, 1 now), alpha (1.0 there, 2.0 now)"),
-        ("--num_aug=19", "--num_aug: out is planned for 20 items; ask for at least as many"),
+        ("--num_aug=19", "--num_aug: out is planned for 20 items, and its file names"),
     ],
 )
 def test_other_options_are_refused(whole, tmp_path, tiny_arguments, change, named):
@@ -195,7 +190,7 @@ def test_a_foreign_data_set_is_refused(tmp_path, tiny_arguments, name):
     foreign = tmp_path / "out" / name
     foreign.parent.mkdir(parents=True)
     foreign.write_text('{"who": "else"}')
-    with pytest.raises(InputError, match=r"is not from this program|is not as this program writes it"):
+    with pytest.raises(InputError, match=r"is not from this program|has no "):
         run_to_the_end(tmp_path, tiny_arguments, 20)
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [foreign]
 
@@ -317,7 +312,7 @@ def test_a_picture_that_is_not_finite_is_named_and_not_written(tmp_path, tiny_ar
         return decode(self, latents)
 
     monkeypatch.setattr(NoiseCutMixPipeline, "_decode", overflow)
-    with pytest.raises(RunError, match=r"item 1: the picture is not finite.*--dtype=bfloat16"):
+    with pytest.raises(RunError, match=r"a picture is not finite.*--dtype=bfloat16"):
         run_to_the_end(tmp_path, tiny_arguments, 3)
     assert not list((tmp_path / "out" / "image").iterdir())
 
