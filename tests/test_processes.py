@@ -96,6 +96,16 @@ def test_one_joins_in_the_middle(draw, expected, tmp_path):
     assert sum(drawn) <= 60 + 4 and drawn[1] >= 5, drawn
 
 
+def test_each_rank_begins_at_its_share_of_what_is_missing(draw, tmp_path):
+    end(draw(160))
+    process = draw(480, seconds=0.2, RANK="1", WORLD_SIZE="2")
+    wait_for_images(tmp_path / "out", 161, process)
+    process.kill()
+    process.communicate()
+    drawn = sorted(int(file.stem.removeprefix("gen_")) for file in (tmp_path / "out" / "image").glob("gen_*.png"))[160:]
+    assert 320 <= drawn[0] < 328  # threads write a block's files in any order
+
+
 SLURM = {
     "srun": [{"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2"} for rank in range(2)],
     "job array": [
