@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from noisecutmix import NoiseCutMixGenerator
-from noisecutmix.folder import write_png
+from noisecutmix.files import write_png
 from noisecutmix.plan import Item, Plan, draw_mask
 from noisecutmix.preview import AUG_COLOR, TARGET_COLOR
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .checkpoint import load_pipeline
 from .classes import DEFAULT_PROMPT, Classes, check_prompt, find_placeholders, find_repeated, load_classes
-from .errors import InputError, RunError, is_out_of_memory
+from .errors import InputError, RunError, first_line, is_out_of_memory
 from .plan import Item, Plan
 from .quiet import quiet_libraries
 from .ranges import RANGES, Range, check_resolution
@@ -192,7 +192,7 @@ class NoiseCutMixGenerator:
         except RunError:
             raise
         except RuntimeError as error:  # the base of torch's compilation errors, whose messages can have 10 kB
-            raise RunError(f"`compile`: {str(error)[:300]}; without it the run is only slower") from error
+            raise RunError(f"`compile`: {first_line(error)[:300]}; without it the run is only slower") from error
 
     def _as_labels(self, name: str, labels: Labels) -> list[int]:
         valid = Range(int, 0, self.num_classes - 1)

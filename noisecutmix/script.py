@@ -185,7 +185,7 @@ def _report(error: BaseException) -> int:
         say(f"stopped; {HOW_TO_CONTINUE}")
         return 128 + (_signals.first or signal.SIGINT)
     if isinstance(error, InputError):
-        if _read_number(LOCAL_RANK, 0) == 0 or _read_number(COUNT, 1) == 1:  # all of a machine fail in the same way
+        if _read_number(LOCAL_RANK, 0) == 0 or _read_number(COUNT, 1) == 1 or not _is_stopped_within(10):
             _print_error(str(error))
         return 2
     if isinstance(error, OSError):
@@ -196,6 +196,18 @@ def _report(error: BaseException) -> int:
     else:  # a bug
         traceback.print_exception(error)
     return 1
+
+
+def _is_stopped_within(seconds: float) -> bool:
+    """Wait for a signal: the first process of a machine prints the same error, and its launcher then ends the others.
+
+    A process that ended before it would have it ended without a message.
+    """
+    end = time.monotonic() + seconds
+    with deferring_signals():
+        while not is_stopping() and time.monotonic() < end:
+            time.sleep(0.1)
+    return is_stopping()
 
 
 def _print_error(message: str) -> None:

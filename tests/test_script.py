@@ -145,3 +145,15 @@ def test_class_names_in_every_script_are_written_and_drawn(run_script, tmp_path,
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "out" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["target_name"] for line in lines} <= set(names) and len(CLASS_NAMES) == 3
+
+
+@ON_POSIX
+def test_a_process_with_bad_input_lets_the_first_one_of_its_launch_report_it(start):
+    """A launcher ends all processes once one has ended, so the message would be lost."""
+    code = "from noisecutmix import errors, script\ndef main(): raise errors.InputError('wrong')\nscript.run(main)"
+    process = start([sys.executable, "-c", code], PYTHONPATH=str(ROOT), LOCAL_RANK="1", RANK="1", WORLD_SIZE="2")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=3)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=LONGEST_WAIT)
+    assert (process.returncode, errors) == (2, "")

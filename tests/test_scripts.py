@@ -1,6 +1,7 @@
 """What the flags of both scripts change."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -84,13 +85,11 @@ def test_compiled_pictures_are_the_same(tmp_path, tiny_arguments, capsys):
 
 
 @pytest.mark.slow
-def test_compiling_without_a_compiler_says_what_to_install(run_script, tmp_path, tiny_arguments):
+def test_compiling_without_a_compiler_is_one_line(run_script, tmp_path, tiny_arguments):
     environment = {"CXX": str(tmp_path / "nowhere"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = run_script("generation.py", *tiny_arguments, "--compile", "--output_dir=out", environment=environment)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == (
-        "generation.py: error: --compile: PyTorch finds no C++ compiler; install g++ (on Windows the Visual Studio "
-        "Build Tools); try without it"
-    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch("generation.py: error: --compile: .*compiler.*; without it the run is only slower", last, re.I)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
