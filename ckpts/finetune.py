@@ -235,6 +235,8 @@ def train_and_draw(
             accelerator.free_memory()
             folder.latents_file.unlink(missing_ok=True)
             draw_preview(options, photos, folder, record.PREVIEW_FILE)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()  # without it, a process may abort at its end
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise RunError(
