@@ -61,6 +61,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         _keep_writable(stream)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about pictures that are read all the same
+    sys.unraisablehook = _report_unraisable
     _signals.listen()
     status = 0
     try:
@@ -177,6 +178,12 @@ def _keep_writable(stream: Any) -> None:
             return len(text)
 
     stream.write = write_or_discard
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Print what Python cannot raise, such as an error in a `__del__`, but not a signal that arrives there."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        sys.__unraisablehook__(unraisable)
 
 
 def _report(error: BaseException) -> int:

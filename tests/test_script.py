@@ -157,3 +157,15 @@ def test_a_process_with_bad_input_lets_the_first_one_of_its_launch_report_it(sta
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=LONGEST_WAIT)
     assert (process.returncode, errors) == (2, "")
+
+
+@ON_POSIX
+def test_a_signal_in_a_finalizer_stops_the_run_without_a_traceback(tmp_path):
+    """Python cannot raise there: it prints the exception and continues."""
+    code = (
+        "import signal\nfrom noisecutmix import script\n"
+        "class Finalized:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
+        "def main():\n    Finalized()\n    script.check_signals()\nscript.run(main)"
+    )
+    done = run_python(code, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "stopped; run the same command again to continue\n")
