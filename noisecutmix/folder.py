@@ -87,7 +87,7 @@ class OutputFolder:
         content = {"num_aug": self.num_items, "options": self._options, **run}
         is_new = files.create_file(self._run_file, json.dumps(content, indent=2).encode())
         self._run_file_content = self._run_file.read_bytes()
-        self._run_file_mark = (0, 0)
+        self._run_file_status = (0, 0)
         self.check_usable()
         for part in record.PREFIXES:
             (self.root / part).mkdir(exist_ok=True)
@@ -180,9 +180,9 @@ class OutputFolder:
         """Raise a RunError if run.json is not the one that this process began with."""
         with contextlib.suppress(FileNotFoundError):
             status = self._run_file.stat()
-            mark = (status.st_ino, status.st_mtime_ns)  # to read the file for each item would take long
-            if mark == self._run_file_mark or self._run_file.read_bytes() == self._run_file_content:
-                self._run_file_mark = mark
+            seen = (status.st_ino, status.st_mtime_ns)  # to read the file for each item would take long
+            if seen == self._run_file_status or self._run_file.read_bytes() == self._run_file_content:
+                self._run_file_status = seen
                 return
         raise RunError(
             f"{self._run_file} was deleted or replaced while this run was drawing; run the same command again"

@@ -36,7 +36,7 @@ def item_file_name(part: str, num_items: int) -> str:
 
 
 def read_record(file: Path, flag: str, **kinds: type) -> dict[str, Any] | None:
-    """Return what `read_json` does, or None: the file is missing, or empty since its creator was killed."""
+    """Return the content of a JSON file, None where it is missing or empty (its creator was killed)."""
     return read_json(file, flag, **kinds) if os.path.isfile(file) and os.path.getsize(file) else None
 
 

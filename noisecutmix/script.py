@@ -206,9 +206,10 @@ def _report(error: BaseException) -> int:
 
 
 def _is_stopped_within(seconds: float) -> bool:
-    """Wait for a signal: the first process of a machine prints the same error, and its launcher then ends the others.
+    """Wait for a signal, and return whether one has arrived.
 
-    A process that ended before it would have it ended without a message.
+    The first process of a machine prints the same error. If another one ended earlier, the launcher would end the first
+    one before it has printed.
     """
     end = time.monotonic() + seconds
     with deferring_signals():
