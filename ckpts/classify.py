@@ -8,6 +8,7 @@ takes a classifier that nobody has finished or begun, and the last one writes re
 """
 
 import argparse
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this repository's package, whichever is installed
 
 from noisecutmix import script
-from noisecutmix.classes import FINETUNE_FILE, comparison_key
+from noisecutmix.classes import FINETUNE_FILE, match_classes
 from noisecutmix.cli import Parser, as_device, as_number, as_path, as_text
 from noisecutmix.errors import InputError, RunError, is_out_of_memory
 from noisecutmix.files import atomic_file, check_writable, create_file, write_png
@@ -46,16 +47,16 @@ if TYPE_CHECKING:
 
     from noisecutmix import AugmentedDataset
     from noisecutmix.classifier import Classifier
-    from noisecutmix.comparison import Score
 
 MIXES = ("mixup", "cutmix")
-OPTIONS_FILE = "classify.json"
+OPTIONS_FILE, TEST_PICTURES_FILE = "classify.json", "test_pictures.csv"
 COUNT, RATE, SHARE = Range(int, 1, 10**8), Range(float, 0, 1e6), Range(float, 0, 1)
 LEAST_TO_JUDGE = 50  # percent of the test pictures that a classifier has to name right to judge augmented ones
 LOOKED_AFTER = 20  # steps, after which a process looks whether another one has finished its job
 RECIPE = (  # the flags that classifiers depend on
     *("seed", "test_share", "examples_per_class", "probability", "keep", "model", "pretrained", "epochs", "batch_size"),
-    *("learning_rate", "weight_decay", "image_size", "crop_scale", "color_jitter", "random_flip", "dtype"),
+    *("learning_rate", "weight_decay", "mix_probability", "image_size", "crop_scale", "color_jitter", "random_flip"),
+    "dtype",
 )
 
 Job = tuple[str, int]  # a row and the number of a seed
@@ -63,7 +64,7 @@ JUDGE: Job = ("none", 0)  # its classifier scores the augmented pictures
 
 
 class AugmentedSet(NamedTuple):
-    """A data set of augmentation.py: `label_order[k]` is the place, in its labels, of class k of the real pictures.
+    """A data set of augmentation.py, its labels in the order of the real pictures' classes.
 
     `seen` is the number of real pictures that its generator was fine-tuned on, and the seed that chose them, None if it
     is not known.
@@ -71,13 +72,8 @@ class AugmentedSet(NamedTuple):
 
     pictures: "AugmentedDataset"
     files: Photos
-    label_order: list[int]
     seen: tuple[int, int] | None
     fingerprint: str
-
-    def soft_labels(self) -> "np.ndarray":
-        """Return the labels in the order of the real pictures' classes: float32, (items, num_classes)."""
-        return self.pictures.soft_labels[:, self.label_order]
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -99,7 +95,7 @@ def create_parser() -> argparse.ArgumentParser:
     rows = "none, mixup, cutmix, NAME, mixup+NAME, cutmix+NAME (default: none, cutmix, each NAME and cutmix+NAME)"
     add("--rows", nargs="+", metavar="ROW", help=f"ways to train: {rows}")
     add("--baseline", default="cutmix", metavar="ROW", help="row to compare the others with" + default)
-    add("--seeds", type=as_number(Range(int, 1, 1000)), default=3, metavar="N", help="classifiers per row" + default)
+    add("--seeds", type=as_number(Range(int, 1, 1000)), default=5, metavar="N", help="classifiers per row" + default)
     add("--seed", type=as_number(RANGES["seed"]), default=0, metavar="S", help="seed of all random choices" + default)
     probability = "share of real pictures that augmented ones replace"
     add("--probability", type=as_number(SHARE), default=0.1, metavar="P", help=probability + default)
@@ -116,6 +112,8 @@ def create_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=as_number(RANGES["batch_size"]), default=32, metavar="N", help="pictures a step" + default)
     add("--learning_rate", type=as_number(RATE), default=0.02, metavar="LR", help="peak learning rate of SGD" + default)
     add("--weight_decay", type=as_number(RATE), default=5e-4, metavar="W", help="weight decay of SGD" + default)
+    mixed = "share of the batches that rows with mixup and cutmix mix"
+    add("--mix_probability", type=as_number(SHARE), default=0.5, metavar="P", help=mixed + default)
     side = "side of the classifier's pictures in pixels (default: the model's)"
     add("--image_size", type=as_number(RANGES["resolution"]), metavar="PIXELS", help=side)
     crop = "smallest share of a picture that a random crop of the training shows"
@@ -168,7 +166,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if folder in (output_dir, *output_dir.parents):
             raise InputError(f"--output_dir: {output_dir} lies in --{flag}, where each folder is a class")
     check_writable(options.output_dir)
-    for library in ("timm", "matplotlib"):
+    for library in ("timm", "matplotlib", "scipy"):
         if importlib.util.find_spec(library) is None:
             raise InputError(f"{library} is not installed; start with: uv run --extra classify ckpts/classify.py …")
     return options
@@ -217,22 +215,17 @@ def load_photos(options: argparse.Namespace) -> tuple[Photos, Photos]:
             raise InputError(f"--train_dir: {error}; add pictures, or give --test_dir") from error
     train = find_photos(options.train_dir, options.examples_per_class, options.seed, "train_dir")
     test = find_photos(options.test_dir, flag="test_dir")
-    places = match_classes("test_dir", options.test_dir, test.class_names, train.class_names)
+    places = match_folder("test_dir", options.test_dir, test.class_names, train.class_names)
     labels = [places.index(label) for label in test.labels]
     return train, dataclasses.replace(test, class_names=train.class_names, labels=tuple(labels))
 
 
-def match_classes(flag: str, folder: Path, there: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """Return the place of each wanted class among those of a folder. Raises InputError unless both have the same."""
-    places = {comparison_key(name): place for place, name in enumerate(there)}
-    for name in wanted:
-        if comparison_key(name) not in places:
-            raise InputError(f"--{flag}: {folder} has no class {name!r}, which is in --train_dir; both need the same")
-    if len(there) > len(wanted):
-        keys = set(map(comparison_key, wanted))
-        extra = next(name for name in there if comparison_key(name) not in keys)
-        raise InputError(f"--{flag}: {folder} has a class {extra!r}, which is not in --train_dir; both need the same")
-    return [places[comparison_key(name)] for name in wanted]
+def match_folder(flag: str, folder: Path, names: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Return the place of each class of --train_dir among those of another folder. Raises InputError."""
+    try:
+        return match_classes(wanted, names, "--train_dir", str(folder))
+    except InputError as error:
+        raise InputError(f"--{flag}: {error}") from error
 
 
 def hash_pictures(photos: Photos) -> list[str]:
@@ -259,7 +252,7 @@ def read_set(folder: Path, photos: Photos) -> dict[str, Any]:
     record = read_run(folder, "augmented")
     if record is None or not isinstance(record["options"].get("class_names"), list):
         raise InputError(f"--augmented: {folder} is not a data set of augmentation.py; give the --output_dir of one")
-    match_classes("augmented", folder, record["options"]["class_names"], photos.class_names)
+    match_folder("augmented", folder, record["options"]["class_names"], photos.class_names)
     return record
 
 
@@ -268,16 +261,13 @@ def open_set(folder: Path, photos: Photos, record: dict[str, Any]) -> AugmentedS
     from noisecutmix import AugmentedDataset
 
     try:
-        pictures = AugmentedDataset(folder)
-        label_order = match_classes("augmented", folder, record["options"]["class_names"], photos.class_names)
-        if pictures.num_classes != len(label_order):
-            raise InputError(f"{folder}: {LABELS_FILE} is for {pictures.num_classes} classes; repair the data set")
+        pictures = AugmentedDataset(folder, class_names=photos.class_names)
         labels = hashlib.sha256((folder / LABELS_FILE).read_bytes()).hexdigest()
         files = Photos(folder, (), tuple(pictures.root / name for name in pictures.file_names), (), ())
         fingerprint = digest(record["options"], labels, hash_pictures(files))
     except InputError as error:
         raise InputError(f"--augmented: {str(error).removeprefix('--augmented: ')}") from error
-    return AugmentedSet(pictures, files, label_order, find_seen(record), fingerprint)
+    return AugmentedSet(pictures, files, find_seen(record), fingerprint)
 
 
 def find_seen(record: dict[str, Any]) -> tuple[int, int] | None:
@@ -332,7 +322,7 @@ class Comparison:
         return False
 
     def result_file(self, job: Job) -> Path:
-        return self.root / "results" / f"{job[0]}_seed{job[1]}.json"
+        return self.root / "results" / f"predictions_{job[0]}_seed{job[1]}.npy"
 
     def weights_file(self, row: str) -> Path:
         return self.root / "weights" / f"{row}.safetensors"
@@ -345,7 +335,7 @@ class Comparison:
         if not self.result_file(job).exists():
             return False
         files = [self.weights_file(job[0])] if self.options.save_weights and job[1] == 0 else []
-        if job == JUDGE and self.read_score(job).top1 >= LEAST_TO_JUDGE:
+        if job == JUDGE and self.read_top1(job) >= LEAST_TO_JUDGE:
             files += map(self.scores_file, self.sets)
         return all(file.exists() for file in files)
 
@@ -366,6 +356,8 @@ class Comparison:
         self._is_new = create_file(self.root / OPTIONS_FILE, json.dumps(content, indent=2).encode())
         self.check_usable()
         (self.root / "results").mkdir(exist_ok=True)
+        if not (self.root / TEST_PICTURES_FILE).exists():
+            self._write_test_pictures()
         with tqdm(unit="step", smoothing=0.05, disable=not script.is_first_process()) as bar:
             while job := self._choose_job():
                 bar.total = bar.n + steps * sum(not self.is_done(other) for other in self.jobs)
@@ -374,7 +366,19 @@ class Comparison:
                     self._train(job, bar)
                 except AlreadyTrained:
                     continue
-                script.say(f"{job[0]}, seed {job[1]}: {self.read_score(job).top1:.1f} % test accuracy")
+                script.say(f"{job[0]}, seed {job[1]}: {self.read_top1(job):.1f} % test accuracy")
+
+    def _write_test_pictures(self) -> None:
+        """Write the path, the label and the class of each row of the predictions."""
+        with atomic_file(self.root / TEST_PICTURES_FILE) as file:
+            lines = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+            table = csv.writer(lines, lineterminator="\n")
+            table.writerow(("file", "label", "class"))
+            for picture, label in zip(self.test.files, self.test.labels):
+                name = picture.relative_to(self.test.root).as_posix()
+                table.writerow((name, label, self.test.class_names[label]))
+            lines.flush()
+            lines.detach()
 
     def _choose_job(self) -> Job | None:
         """Return a job that is not done, one that as few other processes as possible have begun; None at the end."""
@@ -397,7 +401,6 @@ class Comparison:
         import numpy as np
 
         from noisecutmix.classifier import AugmentedPictures, Classifier, RealPictures, derive_seed
-        from noisecutmix.comparison import score
 
         row, number = job
         mix, name = read_row(row)
@@ -413,19 +416,19 @@ class Comparison:
 
         def augmented(transform: Any) -> AugmentedPictures:
             chosen = self.sets[name]
-            return AugmentedPictures(chosen.pictures, chosen.label_order, self.find_kept(name), transform)
+            return AugmentedPictures(chosen.pictures, self.find_kept(name), transform)
 
         with atomic_file(self.result_file(job)) as file:  # its temporary name tells the others that the job has begun
             classifier.train(self.train, augmented if name else None, mix, after_step)
             probabilities = classifier.predict(lambda transform: RealPictures(self.test, transform))
-            result = score(probabilities, np.array(self.test.labels))
+            predictions = probabilities.astype(np.float16)
             if job == JUDGE:
-                self._judge(classifier, result.top1)
+                self._judge(classifier, 100 * float((predictions.argmax(1) == self.test.labels).mean()))
             if self.options.save_weights and number == 0:
                 self.weights_file(row).parent.mkdir(exist_ok=True)
                 with atomic_file(self.weights_file(row)) as weights:
                     weights.write(classifier.to_safetensors(self.train.class_names))
-            file.write(json.dumps(dataclasses.asdict(result)).encode())
+            np.save(file, predictions)
 
     def _judge(self, classifier: "Classifier", top1: float) -> None:
         """Score the augmented pictures by the cross-entropy of the prediction to the label, and draw the worst."""
@@ -439,10 +442,8 @@ class Comparison:
                 raise RunError(f"{describe_weak_judge(top1)}; use another folder, without --keep")
             return
         for name, chosen in self.sets.items():
-            items = functools.partial(
-                AugmentedPictures, chosen.pictures, chosen.label_order, range(len(chosen.pictures))
-            )
-            probabilities, labels = classifier.predict(items), chosen.soft_labels()
+            items = functools.partial(AugmentedPictures, chosen.pictures, range(len(chosen.pictures)))
+            probabilities, labels = classifier.predict(items), chosen.pictures.soft_labels
             scores = -(labels * np.log(np.maximum(probabilities, 1e-12))).sum(1)
             content = io.BytesIO()
             np.save(content, scores.astype(np.float32))
@@ -466,10 +467,16 @@ class Comparison:
         best = np.argsort(np.load(self.scores_file(name), allow_pickle=False), kind="stable")
         return sorted(best[: max(round(self.options.keep * count), 1)].tolist())
 
-    def read_score(self, job: Job) -> "Score":
-        from noisecutmix.comparison import Score
+    def read_right(self, job: Job) -> "np.ndarray":
+        """Return (pictures,), whether a job's classifier names the class of each test picture right."""
+        import numpy as np
 
-        return Score(**json.loads(self.result_file(job).read_text(encoding="utf-8")))
+        is_right: np.ndarray = np.load(self.result_file(job), allow_pickle=False).argmax(1) == self.test.labels
+        return is_right
+
+    def read_top1(self, job: Job) -> float:
+        """Return the test accuracy of a job's classifier, in percent."""
+        return 100 * float(self.read_right(job).mean())
 
 
 def read_row(row: str) -> tuple[str, str]:
@@ -484,11 +491,15 @@ def describe_weak_judge(top1: float) -> str:
 
 def write_report(comparison: Comparison, num_leaked: int) -> None:
     """Write results.json, results.md and accuracy.png, the same whoever does it; print the table."""
-    from noisecutmix.comparison import format_table, plot_accuracies, summarize
+    import numpy as np
+
+    from noisecutmix.comparison import explain_verdict, format_table, plot_accuracies, summarize
 
     options, sets, num_train = comparison.options, comparison.sets, len(comparison.train.files)
-    scores = {row: [comparison.read_score((row, seed)) for seed in range(options.seeds)] for row in options.rows}
-    summary = summarize(scores, options.baseline)
+    is_right = {
+        row: np.stack([comparison.read_right((row, seed)) for seed in range(options.seeds)]) for row in options.rows
+    }
+    summary = summarize(is_right, np.array(comparison.test.labels), options.baseline)
     seen: dict[str, Sequence[str]] = {"": ("real pictures seen by the classifier", "by the generator", "augmented")}
     for row, entry in summary.items():
         _, name = read_row(row)
@@ -504,7 +515,8 @@ def write_report(comparison: Comparison, num_leaked: int) -> None:
     notes = [
         f"Test accuracy of {options.model} on {len(comparison.test.files)} pictures after the last of {options.epochs} "
         f"epochs, mean ± standard deviation over {options.seeds} seeds. Beside it is the paired difference to "
-        f"{options.baseline} ± its standard error. Nothing was chosen on the test pictures."
+        f"{options.baseline} ± its standard error. Nothing was chosen on the test pictures.",
+        explain_verdict(len(options.rows) - 1, options.seeds),
     ]
     if num_leaked:
         notes.append(f"Warning: {num_leaked} pictures are among those for training and for the test, too.")
@@ -517,7 +529,7 @@ def write_report(comparison: Comparison, num_leaked: int) -> None:
             "then the rows with augmented pictures come out too good, and only --test_dir is fair."
         )
     if sets and comparison.result_file(JUDGE).exists():
-        top1 = comparison.read_score(JUDGE).top1
+        top1 = comparison.read_top1(JUDGE)
         pictures = ", ".join(f"doubtful_{name}.png" for name in sets)
         weak = describe_weak_judge(top1)
         looks = f"Look at the augmented pictures that the first classifier of row none doubts most: {pictures}."

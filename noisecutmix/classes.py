@@ -1,12 +1,13 @@
 """The data sets: their classes in label order, model and checkpoint; class names and prompts."""
 
 import dataclasses
+import itertools
 import os
 import re
 import shlex
 import string
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .errors import InputError
@@ -18,6 +19,9 @@ STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "ckpts"
 CLASS_NAMES = Path(__file__).resolve().parent / "class_names"
 LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"  # of a checkpoint
+# before the class's name in the folders of some data sets: 001.Black_footed_Albatross, n02085620-Chihuahua
+FOLDER_NUMBER = re.compile(r"n?\d+[\s._-]+(?=.*[^\W\d_])")
+END_PUNCTUATION = " ?!.,;:"
 CLASSES_FILE, FINETUNE_FILE = "classes.json", "finetune.json"  # written by ckpts/finetune.py, beside a checkpoint
 
 
@@ -116,6 +120,49 @@ def find_repeated(names: Iterable[str]) -> str | None:
             return name
         seen.add(key)
     return None
+
+
+def without_numbers(class_names: Sequence[str]) -> list[str]:
+    """Return the names without the numbers that folders of known data sets begin with, unless a name has none."""
+    names = [FOLDER_NUMBER.sub("", name, count=1) for name in class_names if FOLDER_NUMBER.match(name)]
+    return list(class_names) if len(names) < len(class_names) else names
+
+
+def match_classes(wanted: Sequence[str], names: Sequence[str], wanted_in: str, names_in: str) -> list[int]:
+    """Return the place of each wanted class among the names of another source, which have to be the same classes.
+
+    Names are compared by `comparison_key`; else also without punctuation at the end; else also without the numbers that
+    all names of one source, or of both, begin with.
+
+    Args:
+        wanted, names: the class names of the two sources, in their own orders.
+        wanted_in, names_in: what the messages call the sources.
+
+    Raises:
+        InputError: a class is in one source only, or two names of a source count as the same.
+    """
+    pairs = list(itertools.product(_spellings(wanted), _spellings(names)))
+    here, there = next((pair for pair in pairs if set(pair[0]) == set(pair[1])), pairs[0])
+    for keys, originals, source in ((here, wanted, wanted_in), (there, names, names_in)):
+        for place, key in enumerate(keys):
+            if keys.index(key) < place:
+                first, second = originals[keys.index(key)], originals[place]
+                raise InputError(f"{source}: the classes {first!r} and {second!r} count as the same; rename one")
+    for keys, others, originals, source, other_source in (
+        (here, there, wanted, wanted_in, names_in),
+        (there, here, names, names_in, wanted_in),
+    ):
+        for key, name in zip(keys, originals):
+            if key not in others:
+                raise InputError(f"{other_source} has no class {name!r}, which is in {source}; both need the same")
+    return [there.index(key) for key in here]
+
+
+def _spellings(names: Sequence[str]) -> list[list[str]]:
+    """Return the names in the forms in which `match_classes` compares them."""
+    keys = [comparison_key(name) for name in names]
+    bare = [comparison_key(name) for name in without_numbers(names)]
+    return [keys, [key.rstrip(END_PUNCTUATION) for key in keys], [key.rstrip(END_PUNCTUATION) for key in bare]]
 
 
 def check_prompt(template: str) -> None:

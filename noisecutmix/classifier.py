@@ -24,7 +24,7 @@ from .datasets import AugmentedDataset, MixedDataset
 from .errors import InputError, RunError, first_line, is_out_of_memory
 from .photos import Photos
 from .pictures import open_photo
-from .plan import area_ratio, sample_box
+from .plan import area_ratio, sample_box, seed_sequence
 
 with warnings.catch_warnings():  # older versions of timm use what newer ones of torch deprecate
     warnings.simplefilter("ignore")
@@ -47,6 +47,7 @@ class RealPictures:
     """Photos as (picture, class); item i is picture i % n, so that every item of a training has an index of its own."""
 
     def __init__(self, photos: Photos, transform: Transform, epochs: int = 1):
+        self.class_names = list(photos.class_names)
         self._photos, self._transform, self._epochs = photos, transform, epochs
         self._kept: dict[int, Image.Image] = {}
         self._room = KEPT_PIXELS
@@ -64,19 +65,18 @@ class RealPictures:
 
 
 class AugmentedPictures:
-    """The items `indices` of an augmented data set as (picture, soft label in the order of the real classes)."""
+    """The items `indices` of an augmented data set as (picture, soft label)."""
 
-    def __init__(
-        self, pictures: AugmentedDataset, label_order: list[int], indices: Sequence[int], transform: Transform
-    ):
-        self._pictures, self._label_order, self._indices, self._transform = pictures, label_order, indices, transform
+    def __init__(self, pictures: AugmentedDataset, indices: Sequence[int], transform: Transform):
+        self.class_names = pictures.class_names
+        self._pictures, self._indices, self._transform = pictures, indices, transform
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         picture, label = self._pictures[self._indices[index]]
-        return self._transform(picture), label[self._label_order]
+        return self._transform(picture), label
 
 
 class SeededItems:
@@ -147,7 +147,7 @@ class Classifier:
         Args:
             photos: the real pictures.
             augmented: a function from a transform to the augmented pictures; None for real pictures only.
-            mix: "mixup", "cutmix", or "" for neither.
+            mix: what mixes a batch, with probability `mix_probability`: "mixup", "cutmix", or "" for neither.
             after_step: called with the loss.
 
         Raises:
@@ -166,14 +166,13 @@ class Classifier:
             real,  # type: ignore[arg-type]  # torch's data sets need no common base
             augmented(transform) if augmented else real,  # type: ignore[arg-type]
             options.probability if augmented else 0.0,
-            self.num_classes,
-            derive_seed(self.seed, 0),
+            seed=derive_seed(self.seed, 0),
         )
         loader = self._loader(
             SeededItems(mixed, derive_seed(self.seed, 1)),
             batch_sampler=draw_batches(num_pictures, options.epochs, options.batch_size, derive_seed(self.seed, 2)),
         )
-        steps, mix_rng = self.steps(num_pictures), np.random.default_rng([self.seed, 3])
+        steps, mix_rng = self.steps(num_pictures), np.random.default_rng(seed_sequence(self.seed, 3))
         optimizer = create_optimizer_v2(
             self.model, opt="sgd", lr=options.learning_rate, weight_decay=options.weight_decay, momentum=MOMENTUM
         )
@@ -187,7 +186,7 @@ class Classifier:
                 seed_global_state(derive_seed(self.seed, 4, step), device)  # for dropout
                 pictures = pictures.to(device, memory_format=torch.channels_last)
                 labels = (1 - LABEL_SMOOTHING) * labels.to(device) + LABEL_SMOOTHING / self.num_classes
-                if mix:
+                if mix and mix_rng.random() < options.mix_probability:
                     pictures, labels = mix_batch(mix, pictures, labels, mix_rng)
                 schedule.step_update(step + 1)
                 with self._autocast():
@@ -272,9 +271,9 @@ def mix_batch(
     return pictures, torch.lerp(labels, labels[order], share)
 
 
-def derive_seed(*numbers: int) -> int:
-    """Return a seed of 63 bits that is a function of the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+def derive_seed(seed: int, *numbers: int) -> int:
+    """Return a seed of 63 bits that is a function of a seed and numbers (see `seed_sequence`)."""
+    return int(seed_sequence(seed, *numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_global_state(seed: int, device: str = "cpu") -> None:

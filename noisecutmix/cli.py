@@ -47,7 +47,7 @@ def parse_augmentation(arguments: list[str] | None = None) -> argparse.Namespace
 def create_generation_parser() -> argparse.ArgumentParser:
     parser, output = _create_parser("Draw a few NoiseCutMix pictures: gen_0000.png … and preview.png.")
     _add_number(output, "num_gen", 8, "N", "pictures to draw")
-    by_name = "the boxes, as a name or number (default: random)"
+    by_name = "the boxes: its name, or its label where no name is a number (default: random)"
     output.add_argument("--target_class", metavar="CLASS", help=f"class inside {by_name}")
     output.add_argument("--aug_class", metavar="CLASS", help=f"class outside {by_name}")
     _add_shared_arguments(parser)
@@ -188,9 +188,11 @@ def check_model(model: str, resolution: int) -> None:
 
 
 def _find_class(flag: str, wanted: str | None, names: tuple[str, ...]) -> int | None:
-    labels = {str(label): label for label in range(len(names))}
-    labels |= {comparison_key(name): label for label, name in enumerate(names)}
+    labels = {comparison_key(name): label for label, name in enumerate(names)}
+    examples = f"give a name, such as {names[0]}"
+    if not any(re.fullmatch(r"[-+]?[\d.,]+", name) for name in labels):  # else a number could be meant as a name
+        labels |= {str(label): label for label in range(len(names))}
+        examples += f", or a number from 0 to {len(names) - 1}"
     if wanted is None or comparison_key(wanted) in labels:
         return None if wanted is None else labels[comparison_key(wanted)]
-    examples = f"give a name, such as {names[0]}, or a number from 0 to {len(names) - 1}"
     raise InputError(f"{flag}: {wanted!r} is no class of the data set; {examples}")

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-FEWEST_SEEDS = 3  # from which an error can be told
-STANDARD_ERRORS = 2  # below so many, no difference can be told
+MIN_SEEDS = 3  # from which an error can be told
+SIGNIFICANCE = 0.05  # of the whole table: largest probability that it calls any of two equal rows better
+EQUAL = "no difference can be told"
 
 
 @dataclass(frozen=True)
@@ -23,32 +24,38 @@ class Score:
     per_class: float
 
 
-def score(probabilities: np.ndarray, labels: np.ndarray) -> Score:
-    """Return the score of predictions.
+def score(is_right: np.ndarray, labels: np.ndarray) -> Score:
+    """Return the score of a classifier.
 
     Args:
-        probabilities: (pictures, classes).
+        is_right: (pictures,), whether the classifier names the class of each picture right.
         labels: (pictures,), the class of each picture; every class has at least one.
     """
-    is_right = probabilities.argmax(1) == labels
     per_class = [is_right[labels == label].mean() for label in np.unique(labels)]
     return Score(100 * float(is_right.mean()), 100 * float(np.mean(per_class)))
 
 
-def summarize(scores: dict[str, list[Score]], baseline: str) -> dict[str, dict[str, Any]]:
+def summarize(is_right: dict[str, np.ndarray], labels: np.ndarray, baseline: str) -> dict[str, dict[str, Any]]:
     """Return for each row, as JSON values, means, standard deviations, and the paired difference to the baseline.
 
+    A row is better or worse if Student's t, with the standard error of `standard_error` and one degree of freedom less
+    than there are seeds, is significant at 5 % after Holm's correction for the number of rows (Holm, A simple
+    sequentially rejective multiple test procedure, Scandinavian Journal of Statistics, 1979).
+
     Args:
-        scores: for each row one score a seed, in the order of the seeds.
-        baseline: the row with which the others are compared, seed by seed.
+        is_right: for each row (seeds, pictures), whether the seed's classifier names the picture right.
+        labels: (pictures,), the class of each picture.
+        baseline: the row with which the others are compared, seed by seed and picture by picture.
     """
-    summary = {}
-    for row, of_row in scores.items():
-        top1, per_class = [entry.top1 for entry in of_row], [entry.per_class for entry in of_row]
-        differences = [mine - other.top1 for mine, other in zip(top1, scores[baseline])]
-        difference, deviation = float(np.mean(differences)), _deviation(differences)
-        has_error = len(differences) >= FEWEST_SEEDS and deviation is not None
-        error = deviation / math.sqrt(len(differences)) if has_error and deviation is not None else None
+    from scipy.stats import t as student
+
+    summary: dict[str, dict[str, Any]] = {}
+    p_values: dict[str, float] = {}
+    for row, of_row in is_right.items():
+        scores = [score(one, labels) for one in of_row]
+        differences = 100 * (of_row.astype(float) - is_right[baseline])
+        difference, error = float(differences.mean()), standard_error(differences)
+        top1, per_class = [entry.top1 for entry in scores], [entry.per_class for entry in scores]
         summary[row] = {
             "top1": top1,
             "top1_mean": float(np.mean(top1)),
@@ -58,9 +65,46 @@ def summarize(scores: dict[str, list[Score]], baseline: str) -> dict[str, dict[s
             "per_class_standard_deviation": _deviation(per_class),
             "difference": difference,
             "standard_error": error,
-            "verdict": "baseline" if row == baseline else _verdict(difference, error),
+            "p_value": None,
+            "verdict": "baseline" if row == baseline else f"no error can be told: it needs {MIN_SEEDS} seeds",
         }
+        if row != baseline and error is not None:
+            freedom = min(differences.shape) - 1  # of the seeds; as few test pictures count, too
+            p_values[row] = float(2 * student.sf(abs(difference) / error, freedom))
+    adjusted = 0.0
+    for rank, row in enumerate(sorted(p_values, key=lambda row: p_values[row])):
+        adjusted = min(max(adjusted, (len(p_values) - rank) * p_values[row]), 1.0)
+        verdict = "better" if summary[row]["difference"] > 0 else "worse"
+        summary[row] |= {"p_value": adjusted, "verdict": verdict if adjusted < SIGNIFICANCE else EQUAL}
     return summary
+
+
+def standard_error(differences: np.ndarray) -> float | None:
+    """Return the standard error of a mean paired difference, None with fewer than three seeds or two pictures.
+
+    It is the root of two variances of the mean: over the seeds, and over the test pictures, which are a sample, too.
+    What varies with both is in both, so the sum is rather too large (the two-way layout of Owen, The pigeonhole
+    bootstrap, Annals of Applied Statistics, 2007). To the pictures, one gained and one lost by all seeds are added, so
+    that a few pictures without any variance are no proof (in the spirit of Agresti and Min, Statistics in Medicine,
+    2005).
+
+    Args:
+        differences: (seeds, pictures), in percent: -100, 0 or 100.
+    """
+    seeds, pictures = differences.shape
+    if seeds < MIN_SEEDS or pictures < 2:
+        return None
+    by_picture = np.append(differences.mean(0), (100.0, -100.0))
+    variances = differences.mean(1).var(ddof=1) / seeds, by_picture.var(ddof=1) / len(by_picture)
+    return math.sqrt(sum(variances))
+
+
+def explain_verdict(num_compared: int, seeds: int) -> str:
+    """Return the sentence that says when a row of the table is better or worse."""
+    return (
+        f"A row is better or worse where Student's t with {seeds} seeds, whose error is that of the seeds and of the "
+        f"test pictures together, is significant at 5 % after Holm's correction for {num_compared} comparisons."
+    )
 
 
 def format_table(summary: dict[str, dict[str, Any]], baseline: str, seen: dict[str, Sequence[str]]) -> str:
@@ -117,14 +161,6 @@ about = {{key: json.loads(text) for key, text in safe_open({str(weights)!r}, "pt
 model = timm.create_model(**about["model"]).eval(); model.load_state_dict(load_file({str(weights)!r}))
 picture = timm.data.create_transform(**about["transform"])(Image.open({str(picture)!r}).convert("RGB"))
 print(about["class_names"][int(model(picture[None]).argmax())])"""
-
-
-def _verdict(difference: float, error: float | None) -> str:
-    if error is None:
-        return f"no error can be told with fewer than {FEWEST_SEEDS} seeds"
-    if abs(difference) <= STANDARD_ERRORS * error:
-        return "no difference can be told"
-    return "better" if difference > 0 else "worse"
 
 
 def _deviation(values: Sequence[float]) -> float | None:

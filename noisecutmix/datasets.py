@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from .classes import match_classes
 from .errors import InputError
-from .ranges import Range
+from .plan import seed_sequence
+from .ranges import RANGES, Range
 from .record import LABELS_FILE, METADATA_FILE, PREFIXES, item_file_name, read_run
 
 LARGEST_SUM_ERROR = 0.01  # of a soft label; float16 of 200 classes stays well below
@@ -28,19 +30,33 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
     Args:
         root: the output folder.
         transform: a function from an RGB picture to the model's input; None gives the PIL picture.
+        class_names: the data set's classes in the order that the labels shall have (see `match_classes`), such as that
+            of a folder of photos; None is the data set's own order.
+
+    Attributes:
+        class_names: the class of each place in a label.
 
     Raises:
         InputError: the folder is not a data set, cannot be read, is not complete (the message says how many items are
-            done), lacks a picture, or has damaged labels. The message gives the command that repairs it.
+            done), lacks a picture, has damaged labels (the message gives the command that repairs it), or has other
+            classes.
     """
 
-    def __init__(self, root: str | Path, transform: Callable[[Image.Image], Any] | None = None):
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Callable[[Image.Image], Any] | None = None,
+        class_names: Sequence[str] | None = None,
+    ):
         self.root = Path(root).absolute()  # so that the working directory may change later
         self.transform = transform
-        self._soft_labels: np.ndarray | None = None
+        self._stored_labels: np.ndarray | None = None
         record = read_run(self.root, "root")
-        if record is None:
-            raise InputError(f"{self.root} has no run.json; it is not a data set of augmentation.py")
+        if record is None or not isinstance(own_names := record["options"].get("class_names"), list):
+            raise InputError(f"{self.root} has no run.json with class names; it is not a data set of augmentation.py")
+        self.class_names = list(own_names if class_names is None else class_names)
+        order = match_classes(self.class_names, own_names, "class_names", str(self.root))
+        self._order = None if order == list(range(len(order))) else order
         # the last --output_dir counts: the folder may be a copy
         command = [*map(str, record.get("command", ["python", "augmentation.py"])), f"--output_dir={self.root}"]
         self._command = shlex.join(command)
@@ -51,22 +67,27 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
 
     @property
     def soft_labels(self) -> np.ndarray:
-        """All soft labels: float32, (items, num_classes), memory-mapped and read-only."""
-        if self._soft_labels is None:
+        """All soft labels: float32, (items, num_classes); in the data set's own order memory-mapped and read-only."""
+        return self._labels if self._order is None else self._labels[:, self._order]
+
+    @property
+    def _labels(self) -> np.ndarray:
+        """The labels as they are stored, memory-mapped."""
+        if self._stored_labels is None:
             try:
                 labels = np.load(self.root / LABELS_FILE, mmap_mode="r", allow_pickle=False)
-                if labels.ndim != 2 or not len(labels) or labels.dtype != np.float32:
+                if labels.shape != (len(labels), self.num_classes) or not len(labels) or labels.dtype != np.float32:
                     raise ValueError(f"it holds {labels.dtype} of the shape {labels.shape}")
             except OSError:
                 raise
             except Exception as error:  # numpy raises many kinds of errors for a damaged header
                 raise self._unfit(f"{LABELS_FILE} is damaged") from error
-            self._soft_labels = labels
-        return self._soft_labels
+            self._stored_labels = labels
+        return self._stored_labels
 
     @property
     def num_classes(self) -> int:
-        return int(self.soft_labels.shape[1])
+        return len(self.class_names)
 
     @cached_property
     def file_names(self) -> list[str]:
@@ -75,17 +96,18 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         return [template % index for index in range(len(self))]
 
     def __len__(self) -> int:
-        return len(self.soft_labels)
+        return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
         index = range(len(self))[index]  # negative ones count from the end
         with Image.open(self.root / (item_file_name("image", len(self)) % index)) as file:
             image = file.convert("RGB")
-        label = torch.from_numpy(np.array(self.soft_labels[index]))
+        row = self._labels[index]
+        label = torch.from_numpy(np.array(row if self._order is None else row[self._order]))
         return (image if self.transform is None else self.transform(image)), label
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_soft_labels": None}  # a worker maps the file itself
+        state = {**self.__dict__, "_stored_labels": None}  # a worker maps the file itself
         state.pop("file_names", None)
         return state
 
@@ -110,17 +132,24 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
 
     Item i is (image, soft label float32 (num_classes,)), so `torch.nn.functional.cross_entropy(logits, soft_labels)`
     takes every batch. Item i depends only on the seed, the epoch, i, and how often i was drawn since `set_epoch`, but
-    not on the process or on a DataLoader's workers and order.
+    not on the process or on a DataLoader's workers and order. There is one exception: if a sampler repeats an item, and
+    several workers draw it at the same time, chance decides which of them draws it first.
 
     Args:
         real: a data set of (image, label), the label a class number or a soft label (num_classes,).
-        augmented: a data set of (image, soft label), transformed as `real` is.
+        augmented: a data set of (image, soft label), transformed as `real` is. It has `class_names`, or is a Subset or
+            ConcatDataset of data sets that have.
         probability: of an augmented item, 0 to 1.
-        num_classes: the length of the soft labels.
-        seed: at least 0; determines which pictures are replaced, and by which.
+        class_names: the classes in the order of `real`'s labels. None takes them from `real`: see `find_class_names`.
+        seed: 0 to 2**63 - 1; determines which pictures are replaced, and by which.
+
+    Attributes:
+        class_names: the class of each place in a label, in the order of `real`'s labels.
+        num_classes: their number.
 
     Raises:
-        InputError: a number is out of its range, or `augmented` has another number of classes.
+        InputError: a number is out of its range, the class names of `real` or `augmented` are not known, or they are
+            not the same classes.
         ValueError: from [i], the label does not fit.
     """
 
@@ -129,20 +158,36 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         real: Dataset[Any],
         augmented: Dataset[tuple[Any, torch.Tensor]],
         probability: float,
-        num_classes: int,
+        class_names: Sequence[str] | None = None,
         seed: int = 0,
     ):
         Range(float, 0, 1).check("probability", probability)
-        Range(int, 1).check("num_classes", num_classes)
-        Range(int, 0).check("seed", seed)
-        if getattr(augmented, "num_classes", num_classes) != num_classes:
+        RANGES["seed"].check("seed", seed)
+        if isinstance(class_names, str | int):
             raise InputError(
-                f"`num_classes`: is {num_classes}, but the augmented labels have another number of classes"
+                f"`class_names`: has to be a list of names in the order of the labels, not {class_names!r}"
             )
+        names = find_class_names(real) if class_names is None else class_names
+        own_names = find_class_names(augmented)
+        if names is None:
+            raise InputError(
+                "`class_names`: the real data set does not tell which class its label 0 is, so the augmented labels "
+                "cannot be put into its order; give the class names in the order of its labels"
+            )
+        if own_names is None:
+            raise InputError("`augmented`: has no class_names; give an AugmentedDataset, or set its class_names")
+        try:
+            self._order = match_classes(names, own_names, "the real data set", "the augmented data set")
+        except InputError as error:
+            hint = (
+                "" if class_names else "; if they are named otherwise there, give `class_names`, in its labels' order"
+            )
+            raise InputError(f"{error}{hint}") from error
+        self.class_names = list(names)
+        self.num_classes = len(self.class_names)
         self.real: Any = real
         self.augmented: Any = augmented
         self.probability = probability
-        self.num_classes = num_classes
         self.seed = seed
         self._share_counts()
 
@@ -155,7 +200,7 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         Args:
             epoch: its number, at least 0.
         """
-        Range(int, 0).check("epoch", epoch)
+        Range(int, 0, 2**32 - 1).check("epoch", epoch)
         if self._process != os.getpid():  # a rank that got the data set from its launcher needs its own counts
             self._share_counts()
         self._counts[0] = epoch
@@ -168,11 +213,11 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         index = range(len(self))[index]
         epoch, draws = int(self._counts[0]), int(self._counts[1 + index])
         self._counts[1 + index] += 1
-        rng = np.random.default_rng([self.seed, epoch, index, draws])
+        rng = np.random.default_rng(seed_sequence(self.seed, epoch, index, draws))
         if rng.random() < self.probability:
             image, label = self.augmented[int(rng.integers(len(self.augmented)))]
-        else:
-            image, label = self.real[index]
+            return image, self._soften(label)[self._order]
+        image, label = self.real[index]
         return image, self._soften(label)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,3 +242,36 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         if label.shape != (self.num_classes,) or label.min() < 0 or not abs(label.sum() - 1) < LARGEST_SUM_ERROR:
             raise ValueError(wrong)
         return label.float()
+
+
+def find_class_names(data_set: Any) -> list[str] | None:
+    """Return the classes of a data set in the order of its labels, None if they are not known for certain.
+
+    They are read from `class_names`; torchvision's `class_to_idx` or `classes`; timm's reader; the ClassLabel of a
+    Hugging Face data set; also through Subset and ConcatDataset. A `target_transform` may change the labels, so then
+    they are not known.
+    """
+    if isinstance(data_set, Subset):
+        return find_class_names(data_set.dataset)
+    if isinstance(data_set, ConcatDataset):
+        each = [find_class_names(part) for part in data_set.datasets]
+        return each[0] if all(names == each[0] for names in each) else None
+    if getattr(data_set, "target_transform", None) is not None:
+        return None
+    if isinstance(names := getattr(data_set, "class_names", None), list | tuple):
+        return _as_names(names)
+    labels = getattr(getattr(data_set, "reader", data_set), "class_to_idx", None)
+    if isinstance(labels, dict) and labels:
+        by_label = {label: name for name, label in labels.items()}
+        is_one_to_one = set(by_label) == set(range(len(labels)))
+        return _as_names([by_label[label] for label in range(len(labels))]) if is_one_to_one else None
+    if isinstance(features := getattr(data_set, "features", None), dict):
+        found = [feature.names for feature in features.values() if type(feature).__name__ == "ClassLabel"]
+        return _as_names(found[0]) if len(found) == 1 else None
+    return _as_names(getattr(data_set, "classes", None))
+
+
+def _as_names(names: Any) -> list[str] | None:
+    """Return a list of texts, None if something else was found."""
+    is_list = isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names)
+    return list(names) if is_list else None

@@ -16,6 +16,14 @@ WHOLE_NUMBER, SHARE = Range(int, 0), Range(float, 0, 1)
 Box = tuple[int, int, int, int]
 
 
+def seed_sequence(seed: int, *numbers: int) -> np.random.SeedSequence:
+    """Return the entropy of a seed below 2**63 and numbers below 2**32, different for different ones.
+
+    numpy reads a larger number as two, so of [seed, index] the pairs (3 * 2**32 + 5, 0) and (5, 3) would be the same.
+    """
+    return np.random.SeedSequence([seed % 2**32, *numbers, *([seed >> 32] if seed >> 32 else [])])
+
+
 def sample_box(height: int, width: int, alpha: float, rng: np.random.Generator) -> Box:
     """Draw a CutMix box (left, top, right, bottom) in pixels, right and bottom excluded.
 
@@ -104,7 +112,7 @@ class Item:
 class Plan:
     """Items as a pure function of (seed, index, number of classes, alpha, resolution).
 
-    Everything in item i is drawn from `SeedSequence([seed, i])`, so it does not depend on the batch, the process, an
+    Everything in item i is drawn from `seed_sequence(seed, i)`, so it does not depend on the batch, the process, an
     interruption or the number of items. Target classes are uniform; the aug class is uniform over the other classes.
     With `single_class`, the box is the whole picture, so the item is of the target class alone; all else is the same.
 
@@ -135,7 +143,7 @@ class Plan:
                 Range(int, 0, self.num_classes - 1).check(name, label)
         if target is not None and target == aug:
             raise InputError(f"`target` and `aug` have to differ but are both {target}")
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, index])))
+        rng = np.random.Generator(np.random.PCG64(seed_sequence(self.seed, index)))
         box = sample_box(self.resolution, self.resolution, self.alpha, rng)
         noise_seed = int(rng.integers(2**63 - 1))
         first, second = int(rng.random() * self.num_classes), int(rng.random() * (self.num_classes - 1))

@@ -25,6 +25,7 @@ from . import script
 from .errors import InputError, RunError
 from .photos import Photos
 from .pictures import crop_square, open_photo
+from .plan import seed_sequence
 
 PIXELS_AT_ONCE = 2**20  # in one call of the VAE, four pictures of 512x512: more need more memory and are not faster
 CHECKSUM_BYTES = 4
@@ -56,7 +57,7 @@ def plan_sample(
 ) -> Sample:
     """Return sample `index` of the run, counted from 0. Every pass over the pictures has its own random order."""
     picture = _order_of_pass(seed, index // num_pictures, num_pictures)[index % num_pictures]
-    (own_seed,) = np.random.SeedSequence([seed, 1, index]).generate_state(1, np.uint64)
+    (own_seed,) = seed_sequence(seed, 1, index).generate_state(1, np.uint64)
     rng = torch.Generator().manual_seed(int(own_seed) >> 1)  # on the CPU, so that it is the same on every device
     flip, position = torch.rand(2, generator=rng).tolist()
     timestep = int(torch.randint(num_timesteps, (), generator=rng))
@@ -66,7 +67,7 @@ def plan_sample(
 
 @functools.lru_cache(maxsize=2)
 def _order_of_pass(seed: int, index: int, num_pictures: int) -> np.ndarray:
-    return np.random.default_rng(np.random.SeedSequence([seed, 0, index])).permutation(num_pictures)
+    return np.random.default_rng(seed_sequence(seed, 0, index)).permutation(num_pictures)
 
 
 class PictureLatents:

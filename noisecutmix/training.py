@@ -3,9 +3,7 @@
 import argparse
 import contextlib
 import math
-import re
 import signal
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +18,7 @@ from peft import LoraConfig
 from torch import nn
 
 from .checkpoint import DTYPES, load_base_model, save_checkpoint
-from .classes import DEFAULT_PROMPT, find_repeated, normalise
+from .classes import DEFAULT_PROMPT, find_repeated, normalise, without_numbers
 from .errors import InputError, RunError
 from .photos import Photos
 from .quiet import quiet_libraries
@@ -29,8 +27,6 @@ from .samples import PictureLatents, Sample, plan_sample
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 MAX_GRADIENT_NORM = 1.0  # of all LoRA weights together; larger gradients are clipped
 LONGEST_WAIT = timedelta(hours=3)  # for another process: one of them draws previews, which takes long on a CPU
-# before the class's name in the folders of some data sets: 001.Black_footed_Albatross, n02085620-Chihuahua
-FOLDER_NUMBER = re.compile(r"n?\d+[\s._-]+(?=.*[^\W\d_])")
 MIXED_PRECISION = {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}
 
 
@@ -217,7 +213,9 @@ class Trainer:
         known = tokenizer.get_vocab().keys() & placeholders
         if known:
             raise InputError(f"`model`: its tokenizer already has the token {min(known)}; choose another model")
-        own_ids = [tokenizer(normalise(name), add_special_tokens=False).input_ids for name in without_numbers(names)]
+        words = without_numbers(names)
+        words = list(names) if find_repeated(words) else words
+        own_ids = [tokenizer(normalise(word), add_special_tokens=False).input_ids for word in words]
         rows = torch.stack([table.weight[ids].float().mean(0) for ids in own_ids])
         tokenizer.add_tokens(placeholders)
         captions = [DEFAULT_PROMPT.format(name=name, meta_class=self.settings.meta_class) for name in placeholders]
@@ -266,9 +264,3 @@ class Trainer:
         target = schedule.get_velocity(latents, noise, timesteps) if is_velocity else noise
         estimate = self._model(noisy.to(self._dtype), timesteps, ids)
         return F.mse_loss(estimate.float(), target)
-
-
-def without_numbers(class_names: Sequence[str]) -> list[str]:
-    """Return the names without the numbers that folders of known data sets begin with, unless names would be equal."""
-    names = [FOLDER_NUMBER.sub("", name, count=1) for name in class_names if FOLDER_NUMBER.match(name)]
-    return list(class_names) if len(names) < len(class_names) or find_repeated(names) else names

@@ -12,6 +12,7 @@ OMP_NUM_THREADS=1 for each of them).
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import subprocess
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, safe_open
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix import AugmentedDataset, NoiseCutMixGenerator, cli, script
-from noisecutmix.comparison import Score, summarize
+from noisecutmix.comparison import explain_verdict, summarize
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.files import atomic_file, create_file
 from noisecutmix.plan import Box, Item, create_plan, draw_mask
@@ -56,7 +57,7 @@ FINETUNING = [  # as in README's example, but for batches of 32
     *("--token_learning_rate=5e-3", "--lr_scheduler=cosine", "--no_random_flip", "--device=cpu"),
 ]
 FINETUNING_STEPS = 1000
-TRAINED, BUNDLED = ("half_0", "half_1", "subset_0", "subset_1"), "bundled"
+BUNDLED = "bundled"
 # the digits that a base model knows, and those for which it is fine-tuned
 HALVES = {"half_0": ("01234", "five to nine"), "half_1": ("56789", "zero to four")}
 MOST_SEAMS = 64
@@ -106,29 +107,23 @@ class Experiment:
 
     def comparisons(self) -> dict[str, list[Path]]:
         """Return, for each row of the table, the output folders of classify.py whose seeds make it up."""
-        columns, work_dir = {}, self.work_dir
+        columns, work_dir = {}, self.work_dir  # type: dict[str, list[Path]], Path
         halves = [half for half in HALVES if half in self.options.parts]
         for count in (10, 20):
             folders = [work_dir / half / f"{count}_a_class" / "answer" for half in halves]
             columns |= {f"{count} a class, {HALVES[half][1]}": [at] for half, at in zip(halves, folders)}
             columns |= {f"{count} a class, both": folders} if len(folders) > 1 else {}
-        subsets = [work_dir / part / "answer" for part in self.options.parts if part not in HALVES]
-        few = [work_dir / BUNDLED / f"10_a_class_seed{seed}" for seed in range(self.options.seeds)]
-        columns |= {"20 a class, generator too": subsets} if subsets else {}
-        return {**columns, "10 a class, generator knows all": few, "all": [work_dir / BUNDLED / "all"]}
+        return columns
 
     def fill(self) -> None:
         """Work on the parts until all are done, on those first that as few other processes as possible have begun."""
-        parts = {**dict.fromkeys(self.options.parts, self.use_trained), BUNDLED: self.use_bundled}
+        parts = {**dict.fromkeys(self.options.parts, self.use_half), BUNDLED: self.use_bundled}
         while missing := [part for part in parts if not (self.work_dir / part / "done").exists()]:
             part = min(missing, key=lambda part: len(list((self.work_dir / part).glob(".done.*"))))
             folder = self.work_dir / part
             folder.mkdir(exist_ok=True)
             with atomic_file(folder / "done"):  # its temporary name tells others that the part is begun
                 parts[part](folder)
-
-    def use_trained(self, folder: Path) -> None:
-        (self.use_half if folder.name in HALVES else self.use_subset)(folder)
 
     def use_half(self, folder: Path) -> None:
         """Train a base on five digits, fine-tune it on few of the others, and compare classifiers of those."""
@@ -144,24 +139,12 @@ class Experiment:
             if not (checkpoint / "preview.png").exists():  # written last
                 run_script("ckpts/finetune.py", f"--data_dir={shifted}", f"--output_dir={checkpoint}", *finetuning)
             self.draw_sets(place, f"--data_name={checkpoint}")
-            self.classify(place, pictures, labels, place / "answer", 4 * self.options.seeds)
-
-    def use_subset(self, folder: Path) -> None:
-        """Train a whole generator on few digits, and compare classifiers of the same ones."""
-        number, steps = folder.name[-1], f"--steps={self.options.generator_steps}"
-        chosen = digits.choose_digits(self.labels, 20, int(number))
-        demo = train_digits(folder / "demo", "--digits_a_class=20", f"--subset={number}", steps)
-        model = (f"--model={demo / 'base'}", f"--ckpt_path={demo / 'shot-1-lora-rank10'}")
-        self.draw_sets(folder, "--data_name=digits", *model)
-        self.classify(folder, self.images[chosen], self.labels[chosen], folder / "answer", self.options.seeds)
+            self.classify(place, pictures, labels, place / "answer", ROWS, self.options.seeds)
 
     def use_bundled(self, folder: Path) -> None:
-        """Compare classifiers of few and of all digits, with pictures of the bundled generator."""
+        """Draw pictures with the bundled generator, and train a classifier of all real digits that looks at them."""
         self.draw_sets(folder, "--data_name=digits")
-        for seed, few in enumerate(self.comparisons()["10 a class, generator knows all"]):
-            more = ("--examples_per_class=10", f"--seed={seed}")
-            self.classify(folder, self.images, self.labels, few, 1, *more, num_pictures=10 * len(digits.CLASS_NAMES))
-        self.classify(folder, self.images, self.labels, folder / "all", self.options.seeds, "--save_weights")
+        self.classify(folder, self.images, self.labels, folder / "all", ["none"], 1, "--save_weights")
 
     def draw_sets(self, folder: Path, *model: str) -> None:
         for name, more in SETS.items():
@@ -175,9 +158,9 @@ class Experiment:
         pictures: np.ndarray,
         labels: np.ndarray,
         output_dir: Path,
+        rows: Sequence[str],
         seeds: int,
         *more: str,
-        num_pictures: int | None = None,
     ) -> None:
         """Compare classifiers of these digits with the sets in `folder`, and test them on all test digits of theirs."""
         if (output_dir / "results.json").exists():
@@ -185,23 +168,29 @@ class Experiment:
         is_tested = np.isin(self.test_labels, labels)
         train_dir = write_digits(folder / "pictures", pictures, labels)
         test_dir = write_digits(folder / "test", self.test_images[is_tested], self.test_labels[is_tested])
-        epochs = -(-self.options.classifier_steps * BATCH_SIZE // (num_pictures or len(pictures)))
+        baseline = BASELINE if BASELINE in rows else rows[0]
+        epochs = -(-self.options.classifier_steps * BATCH_SIZE // len(pictures))
         run_script(
             "ckpts/classify.py",
             *(f"--train_dir={train_dir}", f"--test_dir={test_dir}", f"--output_dir={output_dir}", *CLASSIFIER, *more),
             *(f"--augmented={name}={folder / name}" for name in SETS),
-            *("--rows", *ROWS, f"--baseline={BASELINE}", f"--seeds={seeds}", f"--epochs={epochs}"),
+            *("--rows", *rows, f"--baseline={baseline}", f"--seeds={seeds}", f"--epochs={epochs}"),
             OMP_NUM_THREADS="1",  # so small a model is fastest so, and the figures do not depend on the number of cores
         )
 
 
-def read_scores(folders: Sequence[Path]) -> dict[str, list[Score]]:
-    """Return the scores of each row over the seeds of all comparisons."""
-    tables = [json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"] for folder in folders]
-    return {
-        row: [Score(*pair) for rows in tables for pair in zip(rows[row]["top1"], rows[row]["per_class"])]
-        for row in ROWS
-    }
+def compare(folders: Sequence[Path], seeds: int) -> dict[str, dict[str, Any]]:
+    """Return the summary of comparisons of different classes, as if each seed had classified the pictures of all."""
+    labels, is_right = [], {row: [] for row in ROWS}  # type: list[str], dict[str, list[np.ndarray]]
+    for folder in folders:
+        with open(folder / "test_pictures.csv", encoding="utf-8", newline="") as lines:
+            table = list(csv.DictReader(lines))
+        labels += [line["class"] for line in table]
+        known = np.array([int(line["label"]) for line in table])
+        for row in ROWS:
+            predictions = (np.load(folder / "results" / f"predictions_{row}_seed{seed}.npy") for seed in range(seeds))
+            is_right[row].append(np.stack([one.argmax(1) == known for one in predictions]))
+    return summarize({row: np.concatenate(parts, 1) for row, parts in is_right.items()}, np.array(labels), BASELINE)
 
 
 # The pictures themselves
@@ -302,7 +291,7 @@ def draw_label_fit(bins: Sequence[dict[str, float]], file: Path) -> None:
 
 
 def format_table(summaries: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Return the table in Markdown: mean, and difference to the baseline; *: it exceeds two standard errors."""
+    """Return the table in Markdown: mean, and difference to the baseline; *: it is significant."""
     lines = [["", *ROWS], ["---"] * (1 + len(ROWS))]
     for title, summary in summaries.items():
         best = max(entry["top1_mean"] for entry in summary.values())
@@ -323,9 +312,9 @@ def measure(experiment: Experiment) -> dict[str, Any]:
     judge = Judge(bundled / "all" / "weights" / "none.safetensors")
     plan = create_plan(cli.parse_augmentation(["--data_name=digits"]))
     items = list(plan.items(experiment.options.num_aug))
-    generators = dict.fromkeys(answer.parent for answers in comparisons.values() for answer in answers)
+    generators = [*dict.fromkeys(answer.parent for answers in comparisons.values() for answer in answers), bundled]
     return {
-        "accuracy": {column: summarize(read_scores(folders), BASELINE) for column, folders in comparisons.items()},
+        "accuracy": {column: compare(folders, experiment.options.seeds) for column, folders in comparisons.items()},
         "single_class_named": {
             folder.relative_to(experiment.work_dir).as_posix(): judge.measure_named(folder / "stable_diffusion")
             for folder in generators
@@ -339,10 +328,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, count = parser.add_argument, cli.positive_int
     add("--work_dir", type=Path, default=Path("outputs/accuracy"), metavar="DIR", help="folder to write into")
-    parts = "trained generators whose columns are measured, beside the bundled one"
-    add("--parts", nargs="*", choices=TRAINED, default=TRAINED, metavar="PART", help=parts)
-    seeds = "classifiers a row and generator; four times as many in the halves"
-    add("--seeds", type=count, default=5, metavar="N", help=seeds)
+    parts = "halves of the digits to measure"
+    add("--parts", nargs="*", choices=HALVES, default=list(HALVES), metavar="PART", help=parts)
+    add("--seeds", type=count, default=20, metavar="N", help="classifiers a row and half")
     add("--classifier_steps", type=count, default=500, metavar="N", help="least number of training steps of each")
     add("--num_aug", type=count, default=500, metavar="N", help="pictures a generated set")
     add("--generator_steps", type=count, default=2000, metavar="N", help="UNet steps of a base model")
@@ -365,6 +353,7 @@ def main() -> None:
         file.write((json.dumps(results, indent=2) + "\n").encode())
     print(f"\nTest accuracy in percent, and paired difference to {BASELINE} ± its standard error:\n")
     print(format_table(results.pop("accuracy")))
+    print(f"\n* {explain_verdict(len(ROWS) - 1, options.seeds)}")
     print("\nsingle_class_named: single-class pictures whose class a classifier of all digits names, in percent;")
     print("seams: mean step across the mask's border over that elsewhere; label_fit: mean probabilities by the ratio\n")
     print(json.dumps(results, indent=1))

@@ -14,13 +14,15 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import as_command_line
+from conftest import CLASS_NAMES, as_command_line
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from noisecutmix import AugmentedDataset, MixedDataset
 from noisecutmix.errors import InputError
+from noisecutmix.plan import Plan, seed_sequence
 
 
 def to_tensor(picture):
@@ -29,6 +31,8 @@ def to_tensor(picture):
 
 class Constant(Dataset):
     """Pictures of one grey level with labels 0, 1, 2, 0, …; a class that spawned workers can import."""
+
+    class_names = ("a", "b", "c")
 
     def __init__(self, level, size, soft=False):
         self.level, self.size, self.soft = level, size, soft
@@ -43,7 +47,9 @@ class Constant(Dataset):
 
 def numbers(first, size):
     """Numbers as pictures, all of class 0; a class of torch, so that spawned workers import no tests."""
-    return TensorDataset(torch.arange(first, first + size), torch.zeros(size, dtype=torch.int64))
+    data_set = TensorDataset(torch.arange(first, first + size), torch.zeros(size, dtype=torch.int64))
+    data_set.class_names = ["only"]
+    return data_set
 
 
 start_methods = pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -79,7 +85,7 @@ def test_labels_stay_on_disk_and_pickles_stay_small(folder):
     assert isinstance(augmented.soft_labels, np.memmap)
     augmented.soft_labels[0]
     again = pickle.loads(pickle.dumps(augmented))
-    assert again._soft_labels is None
+    assert again._stored_labels is None
     assert torch.equal(again[3][1], augmented[3][1])
 
 
@@ -94,7 +100,7 @@ def test_an_index_is_one_whole_number(folder):
     augmented = AugmentedDataset(folder)
     assert torch.equal(augmented[-1][1], augmented[np.int64(11)][1])
     assert len(list(augmented)) == 12
-    mixed = MixedDataset(numbers(0, 4), augmented, 0.0, 3)
+    mixed = MixedDataset(numbers(0, 4), augmented, 0.0, CLASS_NAMES)
     for data_set in (augmented, mixed):
         for wrong in (slice(0, 2), 1.0, [0, 1], "0"):
             with pytest.raises(TypeError):
@@ -199,11 +205,16 @@ def test_labels_of_another_type_are_refused(folder, tmp_path):
             AugmentedDataset(root)
 
 
+NAMES_200 = [f"class {label}" for label in range(200)]
+
+
 def simulate(root, count):
     """Write a folder of empty pictures."""
     digits = len(str(count - 1))
     (root / "image").mkdir(parents=True)
-    (root / "run.json").write_text(json.dumps({"num_aug": count, "options": {}, "command": ["python"]}))
+    (root / "run.json").write_text(
+        json.dumps({"num_aug": count, "options": {"class_names": NAMES_200}, "command": ["python"]})
+    )
     np.lib.format.open_memmap(root / "soft_label.npy", "w+", np.float32, (count, 200))
     with open(root / "metadata.jsonl", "w") as metadata:
         for index in range(count):
@@ -238,7 +249,7 @@ def test_the_pickle_has_one_size_for_any_number_of_items(tmp_path):
 
 
 def test_the_probability_is_kept_and_labels_have_one_shape():
-    mixed = MixedDataset(Constant(0.0, 2000), Constant(1.0, 50, soft=True), 0.3, 3)
+    mixed = MixedDataset(Constant(0.0, 2000), Constant(1.0, 50, soft=True), 0.3)
     images, labels = zip(*(mixed[i] for i in range(2000)))
     share = np.mean([image.mean().item() for image in images])
     assert share == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / 2000))  # four standard deviations
@@ -250,13 +261,13 @@ def test_the_probability_is_kept_and_labels_have_one_shape():
 
 @pytest.mark.parametrize(("probability", "level"), [(0.0, 0.0), (1.0, 1.0)])
 def test_probabilities_of_0_and_1(probability, level):
-    mixed = MixedDataset(Constant(0.0, 20), Constant(1.0, 5, soft=True), probability, 3)
+    mixed = MixedDataset(Constant(0.0, 20), Constant(1.0, 5, soft=True), probability)
     assert all(mixed[i][0].mean() == level for i in range(20))
 
 
 def epochs(seed, workers, count=2):
     """Return the draws of each epoch, in index order."""
-    mixed = MixedDataset(Constant(0.0, 64), Constant(1.0, 8, soft=True), 0.5, 3, seed)
+    mixed = MixedDataset(Constant(0.0, 64), Constant(1.0, 8, soft=True), 0.5, seed=seed)
     loader = DataLoader(mixed, batch_size=8, num_workers=workers)
     return [torch.cat([images.mean(dim=(1, 2, 3)) for images, _ in loader]) for _ in range(count)]
 
@@ -273,7 +284,7 @@ def test_workers_do_not_change_the_draws():
 
 
 def new_numbers(seed=0, size=240):
-    return MixedDataset(numbers(0, size), numbers(1000, 500), 0.5, 1, seed)
+    return MixedDataset(numbers(0, size), numbers(1000, 500), 0.5, seed=seed)
 
 
 def draw_epoch(mixed, epoch):
@@ -342,7 +353,7 @@ def test_two_workers_train_an_epoch(folder, method):
     skip_without(method)
     # of libraries only, so that spawned workers import no tests
     real = TensorDataset(torch.zeros(24, 3, 16, 16, dtype=torch.uint8), torch.arange(24) % 3)
-    mixed = MixedDataset(real, AugmentedDataset(folder, pil_to_tensor), 0.5, 3)
+    mixed = MixedDataset(real, AugmentedDataset(folder, pil_to_tensor), 0.5, CLASS_NAMES)
     loader = DataLoader(mixed, batch_size=8, shuffle=True, num_workers=2, multiprocessing_context=method)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -356,26 +367,21 @@ def test_two_workers_train_an_epoch(folder, method):
     assert not torch.equal(model[1].weight, before)
 
 
-def test_another_number_of_classes_is_named(folder):
-    with pytest.raises(InputError, match="`num_classes`: is 4"):
-        MixedDataset(Constant(0.0, 4), AugmentedDataset(folder), 0.5, 4)
-
-
 def test_errors_name_labels_and_probabilities():
     with pytest.raises(InputError, match="probability"):
-        MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 1.5, 3)
-    with pytest.raises(ValueError, match="class below 2"):
-        MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 0.0, 2)[2]
-    with pytest.raises(IndexError):
-        MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 0.0, 3)[3]
+        MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 1.5)
     with pytest.raises(ValueError, match="class below 3"):
-        MixedDataset([(0, "owl")], Constant(1.0, 3), 0.0, 3)[0]
+        MixedDataset([(0, 3)], Constant(1.0, 3), 0.0, ["a", "b", "c"])[0]
+    with pytest.raises(IndexError):
+        MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 0.0)[3]
+    with pytest.raises(ValueError, match="class below 3"):
+        MixedDataset([(0, "owl")], Constant(1.0, 3), 0.0, ["a", "b", "c"])[0]
 
 
 @pytest.mark.parametrize("label", [True, 1.0, [0.5, 0.6, 0.0], [1.5, -0.5, 0.0], [float("nan"), 0.0, 0.0], None])
 def test_an_invalid_label_is_refused(label):
     with pytest.raises(ValueError, match="a label has to be a class below 3 or that many shares of sum 1"):
-        MixedDataset([(0, label)], Constant(1.0, 3), 0.0, 3)[0]
+        MixedDataset([(0, label)], Constant(1.0, 3), 0.0, ["a", "b", "c"])[0]
 
 
 @pytest.mark.parametrize(
@@ -384,21 +390,150 @@ def test_an_invalid_label_is_refused(label):
         ({"probability": True}, "probability"),
         ({"probability": float("nan")}, "probability"),
         ({"probability": "0.5"}, "probability"),
-        ({"num_classes": True}, "num_classes"),
-        ({"num_classes": 3.0}, "num_classes"),
-        ({"num_classes": 0}, "num_classes"),
+        ({"class_names": 3}, "class_names"),
+        ({"class_names": "abc"}, "class_names"),
         ({"seed": 0.5}, "seed"),
         ({"seed": True}, "seed"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
     ],
 )
 def test_an_argument_of_a_wrong_kind_is_named(changes, name):
-    arguments = {"real": Constant(0.0, 3), "augmented": Constant(1.0, 3), "probability": 0.5, "num_classes": 3}
+    arguments = {"real": Constant(0.0, 3), "augmented": Constant(1.0, 3), "probability": 0.5}
     with pytest.raises(InputError, match=rf"^`{name}`: has to be"):
         MixedDataset(**{**arguments, **changes})
 
 
-@pytest.mark.parametrize("epoch", [True, 1.0, -1, None])
+@pytest.mark.parametrize("epoch", [True, 1.0, -1, None, 2**32])
 def test_an_epoch_is_a_whole_number(epoch):
     with pytest.raises(InputError, match=r"^`epoch`: has to be a whole number"):
         new_numbers().set_epoch(epoch)
+
+
+# The same class on both sides
+
+
+SORTED = [CLASS_NAMES[place] for place in (1, 2, 0)]  # as ImageFolder sorts them
+
+
+def test_columns_follow_the_wanted_order_of_classes(folder):
+    assert sorted(CLASS_NAMES) == SORTED
+    own, sorted_set = AugmentedDataset(folder), AugmentedDataset(folder, class_names=SORTED)
+    assert own.class_names == CLASS_NAMES and sorted_set.class_names == SORTED
+    for index in range(12):
+        for name in CLASS_NAMES:
+            assert own[index][1][CLASS_NAMES.index(name)] == sorted_set[index][1][SORTED.index(name)]
+    np.testing.assert_array_equal(own.soft_labels[:, [1, 2, 0]], sorted_set.soft_labels)
+    again = pickle.loads(pickle.dumps(sorted_set))
+    assert torch.equal(again[5][1], sorted_set[5][1])
+    numbered = AugmentedDataset(folder, class_names=["003.grey_heron", "001.Red/Kite", "002.blue jay?"])
+    assert torch.equal(numbered[5][1], own[5][1][[2, 0, 1]])
+    for wrong, message in (
+        (CLASS_NAMES[:2], "class_names has no class 'grey heron', which is in "),
+        ([*CLASS_NAMES, "wren"], "has no class 'wren', which is in class_names"),
+        (["1.owl", "2.owl", "3.jay"], "has no class '1.owl'"),
+        (["red kite", "Red_Kite", "grey heron"], "'red kite' and 'Red_Kite' count as the same"),
+    ):
+        with pytest.raises(InputError, match=message):
+            AugmentedDataset(folder, class_names=wrong)
+
+
+def image_folder(root, names=CLASS_NAMES):
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(root / name / "0.png")
+    return root
+
+
+class Listed(Dataset):
+    """A data set of a user, which tells its classes nowhere."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return 0, index
+
+
+def classes_of(mixed):
+    """Return the name that the soft label of each item gives."""
+    return [mixed.class_names[int(mixed[index][1].argmax())] for index in range(len(mixed))]
+
+
+def kinds_of_real_data(root):
+    """Yield data sets of the photos below `root`, and the class of each item."""
+    from timm.data import create_dataset
+
+    whole = ImageFolder(root)
+    names = [whole.classes[label] for label in whole.targets]
+    yield whole, names
+    yield Subset(whole, [2, 0]), [names[2], names[0]]
+    yield ConcatDataset([Subset(whole, [1]), ImageFolder(root)]), [names[1], *names]
+    of_timm = create_dataset("", str(root))
+    by_label = {label: name for name, label in of_timm.reader.class_to_idx.items()}
+    yield of_timm, [by_label[of_timm[index][1]] for index in range(len(of_timm))]
+
+
+def test_the_order_of_the_classes_is_found_in_real_data_sets(folder, tmp_path):
+    """torchvision sorts folders by their letters, timm naturally; both get the column of the right class."""
+    numbers_in_names = ["flower 10", "flower 2", "flower 1"]
+    for names in (CLASS_NAMES, numbers_in_names):
+        root = shutil.copytree(folder, tmp_path / names[0] / "aug")
+        record = json.loads((root / "run.json").read_text())
+        record["options"]["class_names"] = names
+        (root / "run.json").write_text(json.dumps(record))
+        augmented = AugmentedDataset(root)
+        for real, expected in kinds_of_real_data(image_folder(tmp_path / names[0] / "photos", names)):
+            assert classes_of(MixedDataset(real, augmented, 0.0)) == expected
+            mixed = MixedDataset(real, augmented, 1.0)
+            mixed.augmented = [augmented[7]]
+            columns = [augmented.class_names.index(name) for name in mixed.class_names]
+            assert torch.equal(mixed[0][1], augmented[7][1][columns])
+
+
+def test_a_data_set_that_does_not_tell_its_classes_needs_their_names(folder, tmp_path):
+    augmented = AugmentedDataset(folder)
+    root = image_folder(tmp_path)
+    merged = ImageFolder(root)
+    merged.class_to_idx = dict.fromkeys(merged.class_to_idx, 0)
+    for real in (
+        Listed(),
+        [(0, 1)],
+        ImageFolder(root, target_transform=lambda label: 2 - label),
+        Subset(ImageFolder(root, target_transform=lambda label: 2 - label), [0]),
+        ConcatDataset([ImageFolder(root), image_folder_of_two(tmp_path / "two")]),
+        merged,
+    ):
+        with pytest.raises(InputError, match=r"`class_names`: the real data set does not tell .* give the class names"):
+            MixedDataset(real, augmented, 0.0)
+    assert classes_of(MixedDataset(Listed(), augmented, 0.0, SORTED)) == SORTED
+    assert classes_of(MixedDataset(Listed(), augmented, 0.0, CLASS_NAMES)) == CLASS_NAMES
+    with pytest.raises(InputError, match="`augmented`: has no class_names"):
+        MixedDataset(ImageFolder(root), Listed(), 0.0)
+    with pytest.raises(InputError, match=r"has no class '1', which is in the real .* give `class_names`"):
+        MixedDataset(ImageFolder(image_folder(tmp_path / "numbered", ["1", "2", "3"])), augmented, 0.0)
+
+
+def image_folder_of_two(root):
+    return ImageFolder(image_folder(root, CLASS_NAMES[:2]))
+
+
+def test_the_classes_of_a_hugging_face_data_set_are_its_class_label(folder):
+    class ClassLabel:  # as the library's, which the tests do without
+        names = SORTED
+
+    real = Listed()
+    real.features = {"image": object(), "label": ClassLabel()}
+    assert MixedDataset(real, AugmentedDataset(folder), 0.0).class_names == SORTED
+
+
+def test_streams_of_seeds_do_not_meet():
+    """numpy reads a number of 2**32 and above as two, so item 0 of the first seed was item 3 of the second."""
+    high = 3 * 2**32 + 5
+    assert Plan(high, 3, 1.0, 16).item(0).noise_seed != Plan(5, 3, 1.0, 16).item(3).noise_seed
+    assert Plan(high, 3, 1.0, 16).item(0) != Plan(high % 2**32, 3, 1.0, 16).item(0)
+    assert draw_epoch(new_numbers(high), 0) != draw_epoch(new_numbers(5), 0)
+    for numbers_after in ((), (7,), (1, 2, 3)):  # the streams of smaller seeds are as before
+        expected = np.random.SeedSequence([5, *numbers_after]).generate_state(4).tolist()
+        assert seed_sequence(5, *numbers_after).generate_state(4).tolist() == expected
+        assert seed_sequence(high, *numbers_after).generate_state(4).tolist() != expected
