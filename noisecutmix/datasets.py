@@ -179,9 +179,7 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         try:
             self._order = match_classes(names, own_names, "the real data set", "the augmented data set")
         except InputError as error:
-            hint = (
-                "" if class_names else "; if they are named otherwise there, give `class_names`, in its labels' order"
-            )
+            hint = "" if class_names else "; if it names them otherwise, give `class_names` in its labels' order"
             raise InputError(f"{error}{hint}") from error
         self.class_names = list(names)
         self.num_classes = len(self.class_names)

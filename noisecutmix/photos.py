@@ -14,11 +14,13 @@ from pathlib import Path
 
 from .classes import comparison_key
 from .errors import InputError
-from .pictures import inspect_photo
+from .pictures import Inspection, inspect_photo
+from .record import PREFIXES, RUN_FILE
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 SYSTEM_FOLDERS = ("@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found")
+DARK = 64  # of 255: the largest value of 14 bits in a picture of 16
 SPLITS = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([ _-]?(set|split|images))?\d*")
 
 
@@ -60,6 +62,8 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
         folders = [path for path, is_folder in entries if is_folder]
         _check_names(root, folders)
         _check_splits(root, folders)
+        if {folder.name for folder in folders} == set(PREFIXES) and (root / RUN_FILE).exists():
+            raise InputError(f"{root} is a data set of augmentation.py, not a folder of photos; give photos")
         files: list[Path] = []
         labels: list[int] = []
         num_small = 0
@@ -88,6 +92,12 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
         notes.append(f"{len(loose)} pictures and archives lie beside the class folders; they are not used")
     if walk.repeated:
         notes.append(f"{walk.repeated} links lead to pictures that are used already")
+    if any(len(inner) > 1 for inner in walk.inner_folders.values()) and len(walk.inner_folders) == len(folders):
+        outer, inner = next((outer, inner) for outer, inner in walk.inner_folders.items() if len(inner) > 1)
+        notes.append(
+            f"warning: the class folders hold only folders, such as {inner[0]} and {inner[1]} in {outer}, whose "
+            f"pictures are all of class {outer!r}; if the inner folders are the classes, move them into one folder"
+        )
     if num_small:
         notes.append(f"{num_small} classes have fewer than {examples_per_class} pictures; all of them are used")
     return Photos(root, tuple(folder.name for folder in folders), tuple(files), tuple(labels), tuple(notes))
@@ -145,19 +155,58 @@ def check_photos(photos: Photos, resolution: int | None = None) -> tuple[str, ..
     pool = ThreadPoolExecutor()
     try:
         results = pool.map(inspect_photo, photos.files)
-        bar = tqdm(results, "checking pictures", len(photos.files), leave=False, unit="picture", delay=2)
-        reasons, sides, have_pages = zip(*bar)
+        found = list(tqdm(results, "checking pictures", len(photos.files), leave=False, unit="picture", delay=2))
     finally:
         pool.shutdown(cancel_futures=True)
-    failed = [reason for reason in reasons if reason]
+    failed = [picture.refusal for picture in found if picture.refusal]
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise InputError(f"{failed[0]}{more}")
-    num_small, num_paged = sum(side < (resolution or 0) for side in sides), sum(have_pages)
-    notes = [f"{num_small} pictures are smaller than {resolution} pixels; they are enlarged"] if num_small else []
-    if num_paged:
+    notes = []
+    if num_small := sum(picture.side < (resolution or 0) for picture in found):
+        notes.append(f"{num_small} pictures are smaller than {resolution} pixels; they are enlarged")
+    if num_paged := sum(picture.has_pages for picture in found):
         notes.append(f"{num_paged} TIFF files have several pages; the first one is used, which may be a thumbnail")
-    return tuple(notes)
+    notes += _find_dark(photos, found)
+    if flat := [file for file, picture in zip(photos.files, found) if picture.is_flat]:
+        notes.append(f"warning: {len(flat)} pictures have a single colour, such as {flat[0]}; they show nothing")
+    return (*notes, *_find_contradictions(photos, found))
+
+
+def _find_dark(photos: Photos, found: list[Inspection]) -> list[str]:
+    """Return a warning about pictures that use few of their 16 bits; raise an InputError if all of them do."""
+    deep = [(file, picture) for file, picture in zip(photos.files, found) if picture.has_16_bits]
+    dark = [file for file, picture in deep if picture.brightest <= DARK]
+    if not dark:
+        return []
+    brightest = max(picture.brightest for _, picture in deep)
+    if len(dark) == len(deep):
+        raise InputError(
+            f"{photos.root}: all {len(deep)} pictures of 16 bits are almost black (at most {brightest} of 255), such "
+            f"as {dark[0]}; cameras and microscopes store 10, 12 or 14 bits so: scale the values to 16 bits, or to 8"
+        )
+    return [
+        f"warning: {len(dark)} of {len(deep)} pictures of 16 bits are almost black (at most {DARK} of 255), such as "
+        f"{dark[0]}; if they have 10, 12 or 14 bits, scale their values"
+    ]
+
+
+def _find_contradictions(photos: Photos, found: list[Inspection]) -> list[str]:
+    """Return a warning about files with the same bytes in different classes."""
+    if not photos.labels:  # of an augmented set
+        return []
+    same: dict[bytes, list[int]] = {}
+    for place, picture in enumerate(found):
+        same.setdefault(picture.digest, []).append(place)
+    pairs = [places for places in same.values() if len({photos.labels[place] for place in places}) > 1]
+    if not pairs:
+        return []
+    first = pairs[0][0]
+    second = next(place for place in pairs[0] if photos.labels[place] != photos.labels[first])
+    return [
+        f"warning: {len(pairs)} pictures lie in more than one class, with the same bytes, such as "
+        f"{photos.files[first]} and {photos.files[second]}; remove them where they are wrong"
+    ]
 
 
 class _Walk:
@@ -166,6 +215,7 @@ class _Walk:
     def __init__(self, root: Path):
         self.unused: collections.Counter[str] = collections.Counter()  # files, by type
         self.hidden: collections.Counter[str] = collections.Counter()  # by name
+        self.inner_folders: dict[str, list[str]] = {}  # of the class folders that hold nothing else
         self.repeated = 0  # links to pictures that are used already
         self._root = root.resolve()
         self._found: dict[Path, tuple[int, Path]] = {}  # label and path of each picture, by its resolved path
@@ -198,7 +248,10 @@ class _Walk:
             if real_folder in entered:
                 continue
             entered.add(real_folder)
-            for path, is_folder in self.entries(folder):
+            entries = self.entries(folder)
+            if folder == class_folder and all(is_folder for _, is_folder in entries):
+                self.inner_folders[folder.name] = [path.name for path, _ in entries]
+            for path, is_folder in entries:
                 if is_folder:
                     folders.append(path)
                 elif path.suffix.lower() in SUFFIXES and path.is_file():

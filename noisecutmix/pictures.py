@@ -1,11 +1,12 @@
 """Pictures as people have them, opened as upright RGB pictures in sRGB. Imports neither torch nor numpy."""
 
 import contextlib
+import hashlib
 import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
@@ -36,17 +37,40 @@ def crop_square(image: Image.Image, side: int, position: float = 0.5) -> Image.I
     return image.resize((side, side), Image.Resampling.LANCZOS, box)
 
 
-def inspect_photo(file: Path) -> tuple[str | None, int, bool]:
-    """Return why a picture cannot be used (None if it can), its shorter side in pixels, and whether it has pages."""
+class Inspection(NamedTuple):
+    """What is known of a picture: why it cannot be used (None if it can), and what may not be as the user expects.
+
+    `side` is the shorter one, in pixels; `has_16_bits` is about the file; `brightest` is the largest value of a
+    channel, 0 to 255; `is_flat` tells whether all pixels are equal; `digest` identifies the bytes of the file.
+    """
+
+    refusal: str | None
+    side: int = 0
+    has_pages: bool = False
+    has_16_bits: bool = False
+    brightest: int = 255
+    is_flat: bool = False
+    digest: bytes = b""
+
+
+def inspect_photo(file: Path) -> Inspection:
+    """Open a picture to see whether it can be used."""
     try:
         with _naming(file), _open(file) as image:
             side, has_pages = min(image.size), image.format == "TIFF" and getattr(image, "n_frames", 1) > 1
             image.seek(0)  # to count the pages is to go to the last one
+            has_16_bits = any("16" in str(part[-1]) for part in image.tile)  # Pillow's name of the stored format
             image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which takes a sixth of the time
-            _to_rgb(image)
-            return None, side, has_pages
+            levels: Any = _to_rgb(image).getextrema()
+            is_flat = _is_flat(levels) and _is_flat(open_photo(file).getextrema())
+            digest = hashlib.sha256(file.read_bytes()).digest()
+            return Inspection(None, side, has_pages, has_16_bits, max(high for _, high in levels), is_flat, digest)
     except InputError as error:
-        return str(error), 0, False
+        return Inspection(str(error))
+
+
+def _is_flat(levels: Any) -> bool:
+    return all(low == high for low, high in levels)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,11 @@ import hashlib
 import json
 
 import pytest
-from conftest import in_old_keys, write_checkpoint
+from conftest import DIGITS, in_old_keys, write_checkpoint
 
 from noisecutmix import cli
 from noisecutmix.checkpoint import load_pipeline
-from noisecutmix.classes import comparison_key, find_placeholders, load_classes, normalise
+from noisecutmix.classes import comparison_key, find_placeholders, load_classes, match_classes, normalise
 from noisecutmix.errors import InputError
 
 CLASSES = {
@@ -149,3 +149,48 @@ def test_a_folder_with_an_unreadable_file_is_refused(tmp_path, file, text):
     (folder / file).write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"`data_name`: .*{file} (is not valid JSON|has no )"):
         load_classes(str(folder))
+
+
+def test_where_a_name_is_a_number_a_number_is_a_name(tmp_path):
+    """Folders of Flowers are numbered: of the classes 12, 3 and 7, class 2 would have been 7."""
+    data_set = tmp_path / "three.json"
+    checkpoint = DIGITS / "shot-1-lora-rank10"
+    flags = [f"--data_name={data_set}", f"--ckpt_path={checkpoint}", f"--model={DIGITS / 'base'}", "--resolution=32"]
+    flags.append(f"--output_dir={tmp_path / 'out'}")
+    for names, wanted, label in (
+        (["12", "3", "7"], "7", 2),
+        (["12", "3", "7"], "2", None),
+        (["cat", "dog", "1"], "0", None),
+        (["cat", "dog", "1"], "1", 2),
+        (["1.5", "2.5"], "1", None),
+        (["cat", "dog"], "1", 1),
+    ):
+        data_set.write_text(json.dumps({"classes": names, "meta_class": "flower"}))
+        if label is None:
+            with pytest.raises(InputError, match=f"--target_class: '{wanted}' is no class .* such as {names[0]}$"):
+                cli.parse_generation([*flags, f"--target_class={wanted}"])
+        else:
+            assert cli.parse_generation([*flags, f"--target_class={wanted}"]).target_class == label
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names", "order"),
+    [
+        (["a b", "C"], ["c", "A_b"], [1, 0]),
+        (["001.Black_footed_Albatross", "002.Laysan"], ["laysan", "Black footed Albatross"], [1, 0]),
+        (["n02085620-Chihuahua", "n1-Pug"], ["Pug", "Chihuahua"], [1, 0]),
+        (["pink-yellow dahlia?", "rose"], ["rose", "pink-yellow dahlia"], [1, 0]),
+        (["001.rose", "2.dahlia?"], ["1 - dahlia", "2 - rose"], [1, 0]),
+        (["5 cents", "10 cents"], ["10 cents", "5 cents"], [1, 0]),
+        (["1.rose", "2.rose"], ["rose", "dahlia"], "a: the classes '1.rose' and '2.rose' count|has no class"),
+        (["1.rose", "2.rose"], ["rose", "rose"], "a: the classes '1.rose' and '2.rose' count as the same"),
+        (["1", "2"], ["rose", "dahlia"], "b has no class '1', which is in a; both need the same"),
+        (["rose"], ["rose", "dahlia"], "a has no class 'dahlia', which is in b; both need the same"),
+    ],
+)
+def test_classes_of_two_sources_match_by_name(wanted, names, order):
+    if isinstance(order, list):
+        assert match_classes(wanted, names, "a", "b") == order
+    else:
+        with pytest.raises(InputError, match=order):
+            match_classes(wanted, names, "a", "b")

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -424,7 +425,7 @@ def test_two_hundred_megapixels_are_read_and_more_than_any_camera_has_is_refused
 
 
 def test_small_pictures_and_pages_are_counted(root):
-    large = Image.new("RGB", (64, 64))
+    large = Image.linear_gradient("L").resize((64, 64))
     large.resize((8, 8)).save(root / CLASS_NAMES[0] / "scan.tif", save_all=True, append_images=[large])
     large.save(root / CLASS_NAMES[0] / "large.jpg")
     assert check_photos(find_photos(root), 24) == (
@@ -432,3 +433,80 @@ def test_small_pictures_and_pages_are_counted(root):
         "1 TIFF files have several pages; the first one is used, which may be a thumbnail",
     )
     assert len(check_photos(find_photos(root), 8)) == 1
+
+
+# Pictures that do not mean what they seem to
+
+
+def deep_picture(bits, seed, colour=False):
+    """Return noise of `bits` bits in a picture of 16, as bytes of a PNG or as a picture that Pillow can save."""
+    values = np.random.default_rng(seed).integers(0, 2**bits, (24, 24, 3) if colour else (24, 24)).astype(np.uint16)
+    return png_of_16_bits(values) if colour else Image.fromarray(values)
+
+
+def png_of_16_bits(values):
+    """Return a PNG of 16-bit colours, which Pillow reads but does not write (PNG specification, section 11)."""
+
+    def chunk(name, content):
+        body = name + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("suffix", ["png", "tif", "colour"])
+def test_few_bits_in_files_of_16_are_refused_rather_than_black(tmp_path, bits, suffix):
+    for seed, name in enumerate(("covid", "normal")):
+        (tmp_path / name).mkdir()
+        if suffix == "colour":
+            (tmp_path / name / "0.png").write_bytes(deep_picture(bits, seed, colour=True))
+        else:
+            deep_picture(bits, seed).save(tmp_path / name / f"0.{suffix}")
+    photos = find_photos(tmp_path)
+    if bits == 16:
+        assert check_photos(photos) == ()
+        return
+    with pytest.raises(InputError, match=r"all 2 pictures of 16 bits are almost black .at most \d+ of 255., such as"):
+        check_photos(photos)
+    (tmp_path / "covid" / "1.png").write_bytes(deep_picture(16, 2, colour=True))  # one class only is dark
+    notes = check_photos(find_photos(tmp_path))
+    assert len(notes) == 1 and notes[0].startswith("warning: 2 of 3 pictures of 16 bits are almost black")
+
+
+def test_pictures_of_one_colour_are_counted(root):
+    Image.new("RGBA", (30, 30), (200, 10, 10, 0)).save(root / "red kite" / "transparent.png")
+    Image.new("RGB", (64, 64), "grey").save(root / "blue jay" / "flat.jpg")
+    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(root / "blue jay" / "tiny.jpg")  # a single pixel at an eighth of its size
+    (note,) = check_photos(find_photos(root))
+    assert note.startswith("warning: 2 pictures have a single colour, such as") and "flat.jpg" in note
+
+
+def test_the_same_bytes_in_two_classes_are_counted_and_named(root):
+    for number in range(2):
+        shutil.copy(root / "red kite" / f"{number}.png", root / "blue jay" / f"copy{number}.png")
+    shutil.copy(root / "red kite" / "2.png", root / "red kite" / "again.png")  # of the same class
+    (note,) = check_photos(find_photos(root))
+    assert note.startswith("warning: 2 pictures lie in more than one class, with the same bytes, such as ")
+    assert "copy0.png" in note and str(root / "red kite" / "0.png") in note
+
+
+def test_class_folders_that_hold_only_folders_are_named(tmp_path):
+    for name in ("a/airfield", "a/airplane_cabin", "b/bakery", "b/bar"):
+        write_photos(tmp_path / "places" / name[0], [name[2:]], count=1)
+    (note,) = find_photos(tmp_path / "places").notes
+    assert note.startswith("warning: the class folders hold only folders, such as airfield and airplane_cabin in a,")
+    write_photos(tmp_path / "places", ["c"], count=1)
+    assert find_photos(tmp_path / "places").notes == ()
+
+
+def test_an_output_folder_is_no_folder_of_photos(tmp_path):
+    write_photos(tmp_path, ["image", "mask"], count=1)
+    assert find_photos(tmp_path).class_names == ("image", "mask")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is a data set of augmentation\.py, not a folder of photos"):
+        find_photos(tmp_path)
