@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from .errors import InputError, first_line, is_out_of_memory
 from .files import atomic_file
 from .quiet import quiet_libraries
 from .ranges import default_dtype
-from .sources import ADAPTER_FILE, find_checkpoint_files, find_model
+from .sources import ADAPTER_FILE, WITH_WEIGHTS, find_checkpoint_files, find_model
 
 with quiet_libraries():  # transformers warns of missing packages that are not needed here
+    import diffusers
+    import transformers
     from diffusers import DPMSolverMultistepScheduler
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft import get_peft_model_state_dict
@@ -26,6 +29,10 @@ with quiet_libraries():  # transformers warns of missing packages that are not n
     from .pipeline import NoiseCutMixPipeline
 
 EMBEDDINGS_CONTENT = ("learned_embeds_dict", "name2placeholder")
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+# left over in text encoders that are right: the rest of a whole CLIP, and the last layers where config.json skips them
+REST_OF_CLIP = re.compile(r"(vision_model|visual_projection|text_projection|logit_scale)\b")
+CLIP_LAYER = re.compile(r"(text_model\.)?encoder\.layers\.\d+(?=\.)")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Tensors = dict[str, torch.Tensor]
 
@@ -87,13 +94,9 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
     """
     folder, variant, _ = find_model(model, prefers_half)
     try:
+        parts = {part: _load_part(folder, part, variant) for part in WITH_WEIGHTS}
         pipe: NoiseCutMixPipeline = NoiseCutMixPipeline.from_pretrained(
-            folder,
-            variant=variant,
-            torch_dtype=torch.float32,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            folder, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.PickleError) as error:
         if is_out_of_memory(error):
@@ -105,6 +108,40 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
     if taken != (channels, channels, pipe.text_encoder.config.hidden_size) or any(map(unet.get, others)):
         raise InputError(f"`model`: {model} is not a plain Stable Diffusion model, such as 1.5 or 2.1")
     return pipe
+
+
+def _load_part(folder: Path, part: str, variant: str | None) -> Any:
+    """Return the UNet, the VAE or the text encoder, in float32.
+
+    The libraries say nothing of missing tensors: transformers fills them with random numbers, diffusers leaves them
+    without data.
+
+    Raises:
+        ValueError: the files' tensors are not those that config.json asks for. The libraries may raise other errors.
+    """
+    library, name = NoiseCutMixPipeline.load_config(folder).get(part) or ("", "")
+    part_class = getattr(LIBRARIES.get(library), str(name), None)
+    if part_class is None:
+        raise ValueError(f"{part}: model_index.json names no class of diffusers or transformers")
+    model, report = part_class.from_pretrained(
+        str(folder / part),
+        variant=variant,
+        torch_dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are in the report; the errors of transformers do not name the tensor
+        output_loading_info=True,
+    )
+    modules = dict(model.named_modules())
+    left_over = {key for key in report["unexpected_keys"] if not REST_OF_CLIP.match(key)}
+    left_over -= {key for key in left_over if (layer := CLIP_LAYER.match(key)) and layer[0] not in modules}
+    mismatched = {found if isinstance(found, str) else found[0] for found in report["mismatched_keys"]}
+    # a shard may lack what its index lists, which older versions do not report
+    without_data = {key for key, tensor in model.state_dict().items() if tensor.is_meta}
+    missing = (without_data | set(report["missing_keys"])) - mismatched
+    problems = (("is missing", missing), ("has a wrong shape", mismatched), ("is left over", left_over))
+    found = [f"{min(keys)} {problem}" for problem, keys in problems if keys]
+    if found:
+        raise ValueError(f"the weights do not fit {part}/config.json: {' and '.join(found)}")
+    return model
 
 
 def _refusal(file: Path, reason: str) -> InputError:

@@ -580,3 +580,69 @@ def test_a_class_without_token_is_named():
     tokens = {name: f"<class_{label}>" for label, name in enumerate(CLASS_NAMES)}
     with pytest.raises(InputError, match="no token for 'blue jax'"):
         find_placeholders(["red kite", "blue jax"], tokens)
+
+
+# Weights that do not fit the model
+
+
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def change_weights(model, part, change):
+    """Change the tensors of a part; `change` gets their dictionary and a name of one."""
+    file = model / part / f"{WEIGHTS[part]}.safetensors"
+    tensors = load_file(file)
+    change(tensors, next(name for name in tensors if "layers.1.mlp.fc1.weight" in name or "resnets.0.conv1.w" in name))
+    save_file(tensors, file, {"format": "pt"})
+
+
+MISFITS = {
+    "missing": (lambda tensors, name: tensors.pop(name), "{name} is missing"),
+    "left over": (lambda tensors, name: tensors.update({name + ".more": torch.zeros(1)}), "{name}.more is left over"),
+    "of another shape": (lambda tensors, name: tensors.update({name: torch.zeros(3)}), "{name} has a wrong shape"),
+    "renamed": (
+        lambda tensors, name: [tensors.update({f"cond_stage.{key}": tensors.pop(key)}) for key in list(tensors)],
+        "is missing and cond_stage",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("kind", MISFITS)
+def test_weights_that_a_library_would_make_up_are_refused(tiny_model, tiny_checkpoint, tmp_path, part, kind):
+    """transformers fills what is missing with random numbers, diffusers ends in an error about meta tensors."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    change, message = MISFITS[kind]
+    names = []
+    change_weights(model, part, lambda tensors, name: (names.append(name), change(tensors, name)))
+    refusal = refusal_of(model, tiny_checkpoint)
+    wanted = message.format(name=names[0].removeprefix("text_model."))
+    assert f"the weights do not fit {part}/config.json: " in refusal and wanted in refusal
+
+
+def test_a_text_encoder_with_fewer_layers_than_its_config_is_refused(tiny_model, tiny_checkpoint, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = model / "text_encoder" / "config.json"
+    layers = json.loads(config.read_text())["num_hidden_layers"]
+    for wanted, message in ((layers + 1, f"encoder.layers.{layers}."), (layers - 1, None)):
+        content = {**json.loads(config.read_text()), "num_hidden_layers": wanted}
+        config.write_text(json.dumps(content))
+        if message:
+            assert message in refusal_of(model, tiny_checkpoint)
+        else:  # as a config does that skips the last layer
+            assert load_pipeline(str(model), tiny_checkpoint, "cpu").text_encoder.config.num_hidden_layers == wanted
+
+
+def test_a_whole_clip_and_position_ids_are_taken_as_a_text_encoder(tiny_model, tiny_checkpoint, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    more = {
+        "text_model.embeddings.position_ids": torch.arange(24)[None],
+        "vision_model.embeddings.class_embedding": torch.zeros(4),
+        "visual_projection.weight": torch.zeros(4, 4),
+        "text_projection.weight": torch.zeros(4, 4),
+        "logit_scale": torch.tensor(1.0),
+    }
+    change_weights(model, "text_encoder", lambda tensors, name: tensors.update(more))
+    loaded, plain = (load_pipeline(str(path), tiny_checkpoint, "cpu").text_encoder for path in (model, tiny_model))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
