@@ -10,9 +10,10 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from noisecutmix import cli, script
+from noisecutmix import cli, launch, script
+from noisecutmix.ranges import default_dtype
 
 if TYPE_CHECKING:
     from noisecutmix.folder import OutputFolder
@@ -26,68 +27,95 @@ def main() -> None:
     device = script.choose_device(options.device)
 
     # slow imports, once the arguments are checked
-    from noisecutmix import record
-    from noisecutmix.folder import OutputFolder
-    from noisecutmix.plan import create_plan
+    script.say("loading the libraries")
+    from noisecutmix.files import describe_program
+    from noisecutmix.folder import OutputFolder, describe_data
+    from noisecutmix.plan import Plan
 
-    plan, data_options = create_plan(options), record.data_options(options, device)
-    folder = OutputFolder(options.output_dir, plan, options.num_aug, options.classes.names, data_options)
+    classes, dtype = options.classes, options.dtype or default_dtype(device)
+    plan = Plan(num_classes=len(classes.names), **cli.plan_arguments(options))
+    data = describe_data(options.data_flags, classes, options.model, options.ckpt_path, dtype)
+    folder = OutputFolder(options.output_dir, plan, options.num_aug, classes.names, data)
     folder.check_usable()
     if not folder.is_complete(options.verify):
         from noisecutmix.generator import create_generator
 
         # loaded before anything is written, since model and checkpoint may be wrong
-        generator = create_generator(options, device, plan)
-        is_new = folder.begin(record.describe_run(options, device))
+        generator = create_generator(device, classes, plan, **cli.generator_arguments(options))
+        run = {
+            **describe_program(options.command),
+            "data_name": options.data_name,
+            "model": options.model,
+            "ckpt_path": str(options.ckpt_path.absolute()),
+            "batch_size": options.batch_size,
+            "device": device,
+            "compile": options.compile,
+        }
+        is_new = folder.begin(run)
         draw_missing(generator, folder, options.batch_size, options.verify, is_new)
         folder.finish()
-    if script.is_first_process():
+    if launch.is_first_process():
         print(f"{options.output_dir} is complete: {options.num_aug} items")
 
 
 def draw_missing(
     generator: "NoiseCutMixGenerator", folder: "OutputFolder", batch_size: int, verify: bool, is_new: bool
 ) -> None:
-    """Draw the blocks of `batch_size` indices in which an item is missing, and write only the missing items.
-
-    Blocks are always drawn completely, so that a picture's bytes do not depend on what an earlier run left.
-    """
+    """Draw the blocks of `batch_size` indices in which an item is missing, and write only the missing items."""
     from tqdm import tqdm
 
-    rank, count = script.rank_and_count()
+    rank, count = launch.rank_and_count()
     missing = folder.find_missing(range(folder.num_items), verify)
     begins_share = count > 1 or (is_new and len(missing) == folder.num_items)
-    seconds = 0.0  # that the last block took
-    waits = False
-    bar = tqdm(total=len(missing), unit="image", disable=not script.is_first_process())
-    writing: Iterator[None] = iter(())  # threads write a block while the device draws the next one
-    with ThreadPoolExecutor(8) as pool, bar:
+    block_seconds, has_waited = 0.0, False
+    with tqdm(total=len(missing), unit="image", disable=not launch.is_first_process()) as bar:
         while missing:
             bar.total = bar.n + -(-len(missing) // count)  # the share of this process
             blocks = order_blocks(missing, batch_size, rank, count, begins_share)
-            waits = len(blocks) <= FEW_BLOCKS and not (waits or begins_share)
-            if waits:
-                time.sleep(seconds)
-                blocks = []
-            for block in blocks:
-                script.check_signals()
-                if not folder.find_missing(block, verify):
-                    break  # another process has drawn the block, and draws those that follow
-                start = time.monotonic()
-                first = block[0] - block[0] % batch_size
-                items = [folder.plan.item(index) for index in range(first, first + batch_size)]
-                images = generator.draw(items)
-                seconds = time.monotonic() - start
-                block = folder.find_missing(block, verify)
-                if not block:
-                    break  # another process has drawn it at the same time
-                list(writing)  # wait, and raise the error of a thread
-                wanted = [pair for pair in zip(items, images) if pair[0].index in block]
-                writing = pool.map(lambda pair: folder.write(*pair), wanted)
-                bar.update(len(block))
-            list(writing)
+            # before the last few blocks, wait once for those who are probably drawing them
+            has_waited = len(blocks) <= FEW_BLOCKS and not begins_share and not has_waited
+            if has_waited:
+                time.sleep(block_seconds)
+            else:
+                block_seconds = draw_blocks(generator, folder, blocks, batch_size, verify, bar) or block_seconds
             begins_share = False
             missing = folder.find_missing(missing, verify) or folder.find_missing(range(folder.num_items))
+
+
+def draw_blocks(
+    generator: "NoiseCutMixGenerator",
+    folder: "OutputFolder",
+    blocks: Sequence[Sequence[int]],
+    batch_size: int,
+    verify: bool,
+    bar: Any,
+) -> float:
+    """Draw blocks until one was drawn by another process; return the seconds that the last one took, 0 for none.
+
+    Blocks are always drawn completely, so that a picture's bytes do not depend on what an earlier run left.
+    """
+    seconds = 0.0
+    writing: Iterator[None] = iter(())  # threads write a block while the device draws the next one
+    with ThreadPoolExecutor(8) as pool:
+        for block in blocks:
+            script.check_signals()
+            if not folder.find_missing(block, verify):
+                break  # another process has drawn the block, and draws those that follow
+            start = time.monotonic()
+            first = block[0] - block[0] % batch_size
+            items = [folder.plan.item(index) for index in range(first, first + batch_size)]
+            images = generator.draw(items)
+            seconds = time.monotonic() - start
+            block = folder.find_missing(block, verify)
+            if not block:
+                break  # another process has drawn it at the same time
+            list(writing)  # wait, and raise the error of a thread
+            wanted = [pair for pair in zip(items, images) if pair[0].index in block]
+            writing = pool.map(lambda pair: folder.write(*pair), wanted)
+            bar.update(len(block))
+            folder.write_early_preview()
+        list(writing)
+    return seconds
 
 
 def order_blocks(

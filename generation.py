@@ -6,7 +6,7 @@ python generation.py --data_name=cub --device=cuda --target_class="Blue Jay" --a
 
 from pathlib import Path
 
-from noisecutmix import cli, script
+from noisecutmix import cli, launch, script
 from noisecutmix.errors import InputError
 
 COMMENT = "drawn by generation.py of NoiseCutMix"
@@ -14,23 +14,25 @@ COMMENT = "drawn by generation.py of NoiseCutMix"
 
 def main() -> None:
     options = cli.parse_generation()
-    if script.rank_and_count()[0] > 0:
+    if launch.rank_and_count()[0] > 0:
         return  # of several processes only one draws
     if any((options.output_dir / name).exists() for name in ("run.json", "metadata.jsonl", "soft_label.npy")):
-        raise InputError(f"`output_dir`: {options.output_dir} holds a data set; choose another folder")
+        raise InputError(f"{options.output_dir} holds a data set; choose another folder", "output_dir")
     device = script.choose_device(options.device)
 
     # slow imports, once the arguments are checked
+    script.say("loading the libraries")
     from PIL import Image
     from tqdm import tqdm
 
     from noisecutmix.files import write_png
     from noisecutmix.generator import create_generator
-    from noisecutmix.plan import create_plan
-    from noisecutmix.preview import MOST_PICTURES, draw_preview
+    from noisecutmix.plan import Plan
+    from noisecutmix.preview import MAX_PICTURES, draw_preview
 
-    plan = create_plan(options)
-    generator = create_generator(options, device, plan)
+    names = options.classes.names
+    plan = Plan(num_classes=len(names), **cli.plan_arguments(options))
+    generator = create_generator(device, options.classes, plan, **cli.generator_arguments(options))
     options.output_dir.mkdir(parents=True, exist_ok=True)
     delete_earlier_pictures(options.output_dir)
     items = [plan.item(i, options.target_class, options.aug_class) for i in range(options.num_gen)]
@@ -42,9 +44,9 @@ def main() -> None:
             images = generator.draw(batch)
             for item, image in zip(batch, images):
                 write_png(options.output_dir / f"gen_{item.index:04d}.png", image, COMMENT)
-            shown += images[: MOST_PICTURES - len(shown)]
+            shown += images[: MAX_PICTURES - len(shown)]
             bar.update(len(batch))
-    write_png(options.output_dir / "preview.png", draw_preview(shown, items, options.classes.names), COMMENT)
+    write_png(options.output_dir / "preview.png", draw_preview(shown, items, names), COMMENT)
     print(f"wrote {len(items)} pictures and preview.png to {options.output_dir}")
 
 

@@ -1,7 +1,6 @@
 """Read and write Diff-Mix checkpoints: a UNet LoRA and learned tokens."""
 
 import io
-import json
 import pickle
 import re
 from collections.abc import Sequence
@@ -9,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from .classes import EMBEDDINGS_FILE, LORA_FILE, find_repeated, normalise
 from .errors import InputError, first_line, is_out_of_memory
 from .files import atomic_file
+from .lora import Tensors, fuse_lora, is_finite, load_pickle, read_lora, refusal
 from .quiet import quiet_libraries
 from .ranges import default_dtype
-from .sources import ADAPTER_FILE, WITH_WEIGHTS, find_checkpoint_files, find_model
+from .sources import WITH_WEIGHTS, find_checkpoint_files, find_model
 
 with quiet_libraries():  # transformers warns of missing packages that are not needed here
     import diffusers
     import transformers
     from diffusers import DPMSolverMultistepScheduler
-    from diffusers.utils import convert_unet_state_dict_to_peft
-    from peft import get_peft_model_state_dict
 
     from .pipeline import NoiseCutMixPipeline
 
@@ -34,7 +32,6 @@ LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 REST_OF_CLIP = re.compile(r"(vision_model|visual_projection|text_projection|logit_scale)\b")
 CLIP_LAYER = re.compile(r"(text_model\.)?encoder\.layers\.\d+(?=\.)")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-Tensors = dict[str, torch.Tensor]
 
 
 def load_pipeline(
@@ -66,16 +63,16 @@ def load_pipeline(
     dtype = default_dtype(str(device)) if dtype is None else dtype
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
-        raise InputError(f"`dtype`: has to be {', '.join(DTYPES)} or None, not {dtype!r}")
+        raise InputError(f"has to be {', '.join(DTYPES)} or None, not {dtype!r}", "dtype")
     lora_file, embeddings_file, settings_file = find_checkpoint_files(Path(ckpt_path))
     # torch and peft fill new weights with random numbers, from the global generator
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
         embeddings, name2placeholder = _read_embeddings(embeddings_file)
-        lora, settings = _read_lora(lora_file, settings_file)
+        lora, settings = read_lora(lora_file, settings_file)
         pipe = load_base_model(str(model), prefers_half=dtype == torch.float16)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, final_sigmas_type="sigma_min")
         _add_tokens(pipe, embeddings, embeddings_file)
-        _fuse_lora(pipe.unet, lora, settings, lora_file)
+        fuse_lora(pipe.unet, lora, settings, lora_file)
         pipe.to(device, dtype)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
@@ -101,12 +98,12 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.PickleError) as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(f"`model`: {model} cannot be loaded: {first_line(error)}") from error
+        raise InputError(f"{model} cannot be loaded: {first_line(error)}", "model") from error
     unet, channels = pipe.unet.config, pipe.vae.config.latent_channels
     taken = (unet.in_channels, unet.out_channels, unet.cross_attention_dim)
     others = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim")
     if taken != (channels, channels, pipe.text_encoder.config.hidden_size) or any(map(unet.get, others)):
-        raise InputError(f"`model`: {model} is not a plain Stable Diffusion model, such as 1.5 or 2.1")
+        raise InputError(f"{model} is not a plain Stable Diffusion model, such as 1.5 or 2.1", "model")
     return pipe
 
 
@@ -144,37 +141,25 @@ def _load_part(folder: Path, part: str, variant: str | None) -> Any:
     return model
 
 
-def _refusal(file: Path, reason: str) -> InputError:
-    return InputError(f"`ckpt_path`: {file}{reason}")
-
-
-def _load_pickle(file: Path) -> Any:
-    """Return the content of a file that torch.save wrote; only tensors and plain containers are unpickled."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or malicious pickle can raise any error
-        raise _refusal(file, " is not a pickle that holds only tensors, so it was not loaded") from error
-
-
 def _read_embeddings(file: Path) -> tuple[Tensors, dict[str, str]]:
     """Return (embedding by token, token by class name)."""
-    content = _load_pickle(file)
+    content = load_pickle(file)
     parts: list[Any] = [content.get(name) if isinstance(content, dict) else None for name in EMBEDDINGS_CONTENT]
     if not all(isinstance(part, dict) and part for part in parts):
-        raise _refusal(file, f" holds no dictionary with {' and '.join(EMBEDDINGS_CONTENT)}, as Diff-Mix writes it")
+        raise refusal(file, f" holds no dictionary with {' and '.join(EMBEDDINGS_CONTENT)}, as Diff-Mix writes it")
     embeddings, name2placeholder = parts
     for name, placeholder in name2placeholder.items():
         if not isinstance(name, str) or not isinstance(placeholder, str) or placeholder not in embeddings:
-            raise _refusal(file, f" has no embedding {placeholder!r} for class {name!r}")
+            raise refusal(file, f" has no embedding {placeholder!r} for class {name!r}")
     if find_repeated(name2placeholder):
-        raise _refusal(file, ": two class names differ only in spaces, '/', '_' or case")
+        raise refusal(file, ": two class names differ only in spaces, '/', '_' or case")
     if len(set(name2placeholder.values())) < len(name2placeholder):
-        raise _refusal(file, ": two classes share a token")
+        raise refusal(file, ": two classes share a token")
     for placeholder, embedding in embeddings.items():
         if not isinstance(placeholder, str) or not placeholder.strip() or not isinstance(embedding, torch.Tensor):
-            raise _refusal(file, f": the embedding {placeholder!r} is not a tensor with a name")
-        if not torch.isfinite(embedding).all():
-            raise _refusal(file, f": the embedding {placeholder} is not finite")
+            raise refusal(file, f": the embedding {placeholder!r} is not a tensor with a name")
+        if not is_finite(embedding):
+            raise refusal(file, f": the embedding {placeholder} is not finite, or not dense")
     return embeddings, name2placeholder
 
 
@@ -185,15 +170,15 @@ def _add_tokens(pipe: NoiseCutMixPipeline, embeddings: Tensors, file: Path) -> N
     for placeholder, embedding in embeddings.items():
         if embedding.shape != (width,):
             shape = tuple(embedding.shape)
-            raise _refusal(file, f": {placeholder} has shape {shape}, the text encoder takes ({width},)")
+            raise refusal(file, f": {placeholder} has shape {shape}, the text encoder takes ({width},)")
     known = embeddings.keys() & tokenizer.get_vocab().keys()
     if known:
-        raise _refusal(file, f": the tokenizer already has the token {min(known)}")
+        raise refusal(file, f": the tokenizer already has the token {min(known)}")
     tokenizer.add_tokens(list(embeddings))
     ids = tokenizer.convert_tokens_to_ids(list(embeddings))
     for placeholder, token_id in zip(embeddings, ids):
         if tokenizer(placeholder, add_special_tokens=False).input_ids != [token_id]:
-            raise _refusal(file, f": the tokenizer does not read {placeholder!r} as one token")
+            raise refusal(file, f": the tokenizer does not read {placeholder!r} as one token")
     if len(tokenizer) > text_encoder.get_input_embeddings().num_embeddings:
         text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     weight = text_encoder.get_input_embeddings().weight
@@ -201,97 +186,9 @@ def _add_tokens(pipe: NoiseCutMixPipeline, embeddings: Tensors, file: Path) -> N
         weight[ids] = torch.stack(list(embeddings.values())).to(weight.dtype)
 
 
-def _read_lora(file: Path, settings_file: Path) -> tuple[Tensors, dict[str, Any] | None]:
-    """Return the file's tensors, and the LoraConfig that was saved in the file or in `settings_file`, if any."""
-    settings = None
-    if file.suffix == ".bin":
-        tensors = _load_pickle(file)
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise _refusal(file, " holds no dictionary of tensors")
-    else:
-        try:
-            with safe_open(file, framework="pt") as content:
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
-                settings = (content.metadata() or {}).get("lora_adapter_metadata")
-        except (SafetensorError, OSError) as error:
-            raise _refusal(file, f" is not a safetensors file: {first_line(error)}") from error
-    try:
-        if settings is None and settings_file.exists():
-            file, settings = settings_file, settings_file.read_text(encoding="utf-8")
-        if settings is not None:  # diffusers writes "unet." before every name, peft does not
-            settings = {name.removeprefix("unet."): value for name, value in json.loads(settings).items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise _refusal(file, f": the LoRA's settings cannot be read: {first_line(error)}") from error
-    return tensors, settings
-
-
-def _fuse_lora(unet: Any, tensors: Tensors, settings: dict[str, Any] | None, file: Path) -> None:
-    """Add the LoRA to the UNet's weights; raise an InputError if a tensor of the file cannot be applied."""
-    _check_lora(tensors, settings, file)
-    lora, alphas = _name_as_in_peft(unet, tensors)
-    if not lora:
-        raise _refusal(file, " holds no LoRA tensor")
-    ranks: dict[str, int] = {}
-    for place, matrix in lora.items():
-        layer, _, side = place.partition(".lora_")
-        if side in ("A.weight", "B.weight") and matrix.ndim > 1:  # down (rank, in, …) and up (out, rank, …)
-            rank = matrix.shape[0 if side == "A.weight" else 1]
-            if ranks.setdefault(layer, rank) != rank:
-                raise _refusal(file, f": {place} has rank {rank}, but the other matrix of its layer has not")
-    if settings is None:
-        settings = {  # "^", since peft would also apply a pattern to longer names that end with it
-            "rank_pattern": {f"^{layer}": rank for layer, rank in ranks.items()},
-            "alpha_pattern": {f"^{layer}": alphas.get(layer, rank) for layer, rank in ranks.items()},
-            "target_modules": list(ranks),
-        }
-    try:
-        unet.load_lora_adapter(lora, prefix=None, metadata=settings)
-        placed = get_peft_model_state_dict(unet, adapter_name=unet.active_adapters()[0])
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
-        raise _refusal(file, f" does not fit the UNet; a LoRA of another base model? ({reason})") from error
-    lost = sorted((alphas.keys() - ranks.keys()) | (lora.keys() - placed.keys()))
-    if lost:
-        raise _refusal(file, f": nothing in the UNet takes {lost[0]}; a LoRA of another base model?")
-    if not len(tensors) - len(alphas) == len(lora) == len(placed):
-        raise _refusal(file, f": its {len(tensors)} LoRA tensors do not fill the {len(placed)} places in the UNet")
-    unet.fuse_lora()
-    unet.unload_lora()
-
-
-def _check_lora(tensors: Tensors, settings: dict[str, Any] | None, file: Path) -> None:
-    """Raise an InputError unless this is a LoRA of only a UNet, with a known strength."""
-    kind = (settings or {}).get("peft_type", "LORA")
-    if kind != "LORA":
-        raise _refusal(file, f" is a {kind}; only LoRAs are read")
-    if (settings or {}).get("use_dora") or any("lora_magnitude" in name or "dora_scale" in name for name in tensors):
-        raise _refusal(file, " is a DoRA; only LoRAs are read")
-    for name, tensor in tensors.items():
-        if name.startswith(("text_encoder", "lora_te")):
-            raise _refusal(file, f": {name} is for the text encoder, but only LoRAs of a UNet can be applied")
-        if name.startswith("base_model.model.") and settings is None:
-            raise _refusal(file, f" was saved by peft: put its {ADAPTER_FILE}, which has its strength, beside it")
-        if name.endswith(".alpha") and settings is not None:
-            raise _refusal(file, f": {name} and {ADAPTER_FILE} both set the LoRA's strength; remove one")
-        if not torch.isfinite(tensor).all():
-            raise _refusal(file, f": {name} is not finite")
-
-
-def _name_as_in_peft(unet: Any, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
-    """Return the LoRA's down and up matrices in float32, by peft's names in the UNet, and the alpha of each layer."""
-    kohya = {f"lora_unet_{name.replace('.', '_')}": name for name, _ in unet.named_modules()}
-    lora, alphas = {}, {}
-    for name, tensor in tensors.items():
-        layer, _, rest = name.partition(".")
-        name = f"{kohya[layer]}.{rest}" if layer in kohya else name
-        name = name.removeprefix("base_model.model.").removeprefix("unet.").replace(".default.weight", ".weight")
-        if name.endswith(".alpha"):
-            alphas[name.removesuffix(".alpha")] = float(tensor)
-        else:
-            lora[name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")] = tensor.float()
-    return convert_unet_state_dict_to_peft(lora), alphas
+def class_tokens(num_classes: int) -> list[str]:
+    """Return Diff-Mix's token of each class, in label order."""
+    return [f"<class_{label}>" for label in range(num_classes)]
 
 
 def save_checkpoint(
@@ -312,7 +209,7 @@ def save_checkpoint(
         for direction, half in zip(("down", "up"), halves):
             key = f"{attention}.processor.{layer}_lora.{direction}.weight"
             tensors[key] = half.detach().to("cpu", torch.float32).contiguous()
-    placeholders = [f"<class_{label}>" for label in range(len(class_names))]
+    placeholders = class_tokens(len(class_names))
     # clones, since torch.save would write the storage of all rows for a view of one
     learned = {token: row.clone() for token, row in zip(placeholders, rows.detach().to("cpu", torch.float32))}
     names, tokens = dict(zip(class_names, placeholders)), dict(zip(placeholders, class_names))

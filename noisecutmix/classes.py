@@ -22,7 +22,7 @@ LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds
 # before the class's name in the folders of some data sets: 001.Black_footed_Albatross, n02085620-Chihuahua
 FOLDER_NUMBER = re.compile(r"n?\d+[\s._-]+(?=.*[^\W\d_])")
 END_PUNCTUATION = " ?!.,;:"
-CLASSES_FILE, FINETUNE_FILE = "classes.json", "finetune.json"  # written by ckpts/finetune.py, beside a checkpoint
+CLASSES_FILE, FINETUNE_FILE = "classes.json", "finetune.json"  # written by noisecutmix.finetune, beside a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,8 @@ def load_classes(data_name: str) -> Classes:
     """Return one of the data sets cub, flower, aircraft and digits, or the user's own.
 
     The user's own is a JSON file, `{"classes": ["…", …], "meta_class": "…"}`, with at least two class names in label
-    order, named as in the checkpoint; or a folder that ckpts/finetune.py wrote, whose classes.json is such a file. The
-    folder also determines the base model, the resolution and the checkpoint.
+    order, named as in the checkpoint; or a folder that noisecutmix.finetune wrote, whose classes.json is such a file.
+    The folder also determines the base model, the resolution and the checkpoint.
 
     Raises:
         InputError: there is no such data set, file or folder, or it does not describe a data set.
@@ -58,8 +58,9 @@ def load_classes(data_name: str) -> Classes:
     if path.suffix.lower() == ".json":
         return _read_classes(path)
     raise InputError(
-        f"`data_name`: {data_name!r} is unknown; choose one of {', '.join(META_CLASSES)}, "
-        "or give a .json file or a folder that ckpts/finetune.py wrote"
+        f"{data_name!r} is unknown; choose one of {', '.join(META_CLASSES)}, "
+        "or give a .json file or a folder that noisecutmix.finetune wrote",
+        "data_name",
     )
 
 
@@ -73,11 +74,11 @@ def _read_bundled(name: str) -> Classes:
 
 def _read_finetuned(folder: Path) -> Classes:
     if not (folder / FINETUNE_FILE).is_file():
-        raise InputError(f"`data_name`: {folder} has no {FINETUNE_FILE}; give a folder that ckpts/finetune.py wrote")
+        raise InputError(f"{folder} has no {FINETUNE_FILE}; give a folder that noisecutmix.finetune wrote", "data_name")
     settings = read_json(folder / FINETUNE_FILE, "data_name", model=str, resolution=int)
     if not (folder / CLASSES_FILE).is_file():
-        command = shlex.join(map(str, settings.get("command", ["python", "ckpts/finetune.py"])))
-        raise InputError(f"`data_name`: the training in {folder} has no checkpoint yet; continue it with: {command}")
+        command = shlex.join(map(str, settings.get("command", ["python", "-m", "noisecutmix.finetune"])))
+        raise InputError(f"the training in {folder} has no checkpoint yet; continue it with: {command}", "data_name")
     classes = _read_classes(folder / CLASSES_FILE)
     return dataclasses.replace(classes, model=settings["model"], resolution=settings["resolution"], ckpt_path=folder)
 
@@ -86,9 +87,9 @@ def _read_classes(path: Path) -> Classes:
     content = read_json(path, "data_name", classes=list, meta_class=str)
     names, meta_class = content["classes"], content["meta_class"]
     if len(names) < 2 or not all(map(_is_text, [*names, meta_class])):
-        raise InputError(f'`data_name`: {path} needs at least two names in "classes", and a word in "meta_class"')
+        raise InputError(f'{path} needs at least two names in "classes", and a word in "meta_class"', "data_name")
     if repeated := find_repeated(names):
-        raise InputError(f"`data_name`: {path} names {repeated!r} twice; case is ignored, '/' and '_' are spaces")
+        raise InputError(f"{path} names {repeated!r} twice; case is ignored, '/' and '_' are spaces", "data_name")
     return Classes(tuple(names), meta_class)
 
 
@@ -174,7 +175,7 @@ def check_prompt(template: str) -> None:
         fields = set()
     if name not in fields or not fields <= {name, meta_class}:
         raise InputError(
-            f"`prompt`: has to be a template with {{name}} and, optionally, {{meta_class}}, not {template!r}"
+            f"has to be a template with {{name}} and, optionally, {{meta_class}}, not {template!r}", "prompt"
         )
 
 
@@ -190,6 +191,6 @@ def find_placeholders(class_names: Iterable[str], name2placeholder: dict[str, st
     if missing:
         more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
         raise InputError(
-            f"`ckpt_path`: the checkpoint has no token for {missing[0]!r}{more}; is it for another data set?"
+            f"the checkpoint has no token for {missing[0]!r}{more}; is it for another data set?", "ckpt_path"
         )
     return [name2placeholder[by_key[comparison_key(name)]] for name in class_names]

@@ -1,11 +1,12 @@
-"""The flags of the two scripts, and all checks of them that need no torch."""
+"""What the four commands share of their flags; the flags of the two scripts; the checks that need no torch."""
 
 import argparse
 import functools
 import os
 import re
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,16 @@ from .classes import DEFAULT_PROMPT, META_CLASSES, check_prompt, comparison_key,
 from .errors import InputError
 from .files import check_writable
 from .ranges import RANGES, Range, check_guidance_interval, check_resolution
+from .script import program_words
 from .sources import find_checkpoint_files, read_vae_factor
+
+PLAN_FLAGS = ("seed", "alpha", "resolution", "single_class")
+# the flags that neither the plan nor the generator takes
+SCRIPT_FLAGS = ("output_dir", "num_gen", "num_aug", "verify", "target_class", "aug_class", "data_name", "device")
+# the flags on which no picture and no label depends, whether directly or, as the model, by the content of files
+NOT_OF_DATA = ("output_dir", "num_aug", "verify", "data_name", "model", "ckpt_path", "device", "batch_size", "compile")
+# the flags of the first version, which run.json always has; later ones only where they are not at their default
+FIRST_OF_DATA = ("seed", "alpha", "guidance_scale", "guidance_interval", "num_inference_steps", "resolution", "prompt")
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,27 +34,87 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": formatter, "allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        if argument := re.match(r"argument --(\S+): ", message):
+            raise InputError(message[argument.end() :], argument[1])
         raise InputError(re.sub(r"^unrecognized arguments: (.*)", r"\1: no such flag; see --help", message))
+
+    def relevant(
+        self, options: argparse.Namespace, irrelevant: Collection[str], always: Collection[str]
+    ) -> dict[str, Any]:
+        """Return the values of all flags but the irrelevant ones, as JSON values, for the record of a folder.
+
+        So a flag that comes later cannot be forgotten. It is left out at its default, so that a folder that was begun
+        before it can be continued.
+
+        Args:
+            options: what was parsed.
+            irrelevant: the names of flags on which the result does not depend.
+            always: the names of flags that are recorded even at their default.
+        """
+        values = {
+            action.dest: getattr(options, action.dest)
+            for action in self._actions
+            if action.dest not in (*irrelevant, "help")
+        }
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if name in always or value != self.get_default(name)
+        }
+
+    def command(self) -> list[str]:
+        """Return this process's command with absolute paths, so that it does the same in every working directory."""
+        words, convert = program_words(), str  # type: list[str], Callable[[str], Any]
+        for word in sys.argv[1:]:
+            flag, equals, value = word.partition("=")
+            if flag in self._option_string_actions:
+                convert = ABSOLUTE.get(self._option_string_actions[flag].type, str)
+                words.append(flag + equals + (convert(value) if equals else ""))
+            else:
+                words.append(convert(word))
+        if (default := self.get_default("output_dir")) and not any(word.startswith("--output_dir") for word in words):
+            words.append(f"--output_dir={Path(default).absolute()}")
+        return words
 
 
 def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return checked options; target_class and aug_class are labels or None. Raises InputError."""
     options = _parse(create_generation_parser(), arguments)
     names = options.classes.names
-    options.target_class = _find_class("--target_class", options.target_class, names)
-    options.aug_class = _find_class("--aug_class", options.aug_class, names)
+    options.target_class = _find_class("target_class", options.target_class, names)
+    options.aug_class = _find_class("aug_class", options.aug_class, names)
     if options.target_class is not None and options.target_class == options.aug_class:
-        raise InputError(f"--aug_class: {names[options.aug_class]!r} is the target class too; choose another")
+        raise InputError(f"{names[options.aug_class]!r} is the target class too; choose another", "aug_class")
     return options
 
 
 def parse_augmentation(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return checked options. Raises InputError."""
-    return _parse(create_augmentation_parser(), arguments)
+    """Return checked options.
+
+    `data_flags` are the values of all flags that the data may depend on, and `command` continues the data set.
+
+    Raises:
+        InputError: a flag is wrong.
+    """
+    parser = create_augmentation_parser()
+    options = _parse(parser, arguments)
+    options.data_flags = parser.relevant(options, NOT_OF_DATA, FIRST_OF_DATA)
+    options.command = parser.command()
+    return options
 
 
-def create_generation_parser() -> argparse.ArgumentParser:
+def plan_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `Plan` that are flags."""
+    return {name: getattr(options, name) for name in PLAN_FLAGS}
+
+
+def generator_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `create_generator` that are flags: all that nothing else takes."""
+    others = (*PLAN_FLAGS, *SCRIPT_FLAGS, "classes", "data_flags", "command")
+    return {name: value for name, value in vars(options).items() if name not in others}
+
+
+def create_generation_parser() -> Parser:
     parser, output = _create_parser("Draw a few NoiseCutMix pictures: gen_0000.png … and preview.png.")
     _add_number(output, "num_gen", 8, "N", "pictures to draw")
     by_name = "the boxes: its name, or its label where no name is a number (default: random)"
@@ -54,7 +124,7 @@ def create_generation_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def create_augmentation_parser() -> argparse.ArgumentParser:
+def create_augmentation_parser() -> Parser:
     parser, output = _create_parser(
         "Build a data set: image/, mask/, metadata.jsonl and soft_label.npy. After a stop, the same command continues."
     )
@@ -96,13 +166,28 @@ def as_model(text: str) -> str:
     return os.path.expanduser(as_text(text))
 
 
+def as_data_name(text: str) -> str:
+    return os.path.expanduser(as_text(text))
+
+
+def _absolute_if_there(text: str) -> str:
+    """Return the absolute path of what may also be a name, such as a model's on the hub."""
+    path = Path(os.path.expanduser(text))
+    return str(path.absolute()) if path.exists() and text not in META_CLASSES else text
+
+
+# how `Parser.command` writes the values of flags, by their type
+ABSOLUTE: dict[Any, Callable[[str], str]] = {
+    as_path: lambda text: str(as_path(text).absolute()),
+    as_model: _absolute_if_there,
+    as_data_name: _absolute_if_there,
+}
+
+
 def as_device(text: str) -> str:
     if not re.fullmatch(r"cuda(:[0-9]{1,4})?|mps|cpu", text):
         raise argparse.ArgumentTypeError(f"has to be cuda, cuda:N, mps or cpu, not {text!r}")
     return text
-
-
-positive_int = as_number(RANGES["num_aug"])  # for the scripts in tests/
 
 
 def _create_parser(description: str) -> tuple[Parser, Any]:
@@ -116,9 +201,9 @@ def _create_parser(description: str) -> tuple[Parser, Any]:
 
 def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model and classes")
-    data_sets = f"{', '.join(META_CLASSES)}, a .json file of your classes, or a folder that ckpts/finetune.py wrote"
+    data_sets = f"{', '.join(META_CLASSES)}, a .json file of your classes, or a folder of noisecutmix.finetune"
     model.add_argument(
-        "--data_name", type=as_text, default="cub", metavar="NAME", help=f"{data_sets} (default: %(default)s)"
+        "--data_name", type=as_data_name, default="cub", metavar="NAME", help=f"{data_sets} (default: %(default)s)"
     )
     default_checkpoint = "(default: ckpts/NAME/shot-1-lora-rank10, or the folder given as --data_name)"
     model.add_argument("--ckpt_path", type=as_path, metavar="DIR", help=f"Diff-Mix checkpoint {default_checkpoint}")
@@ -144,13 +229,18 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     _add_number(method, "seed", 0, "S", "determines classes, boxes and noise")
     _add_number(method, "resolution", None, "PIXELS", "side of a picture (default: the data set's)")
 
+    machine = add_machine_flags(parser, "type of the weights (default: float16 on cuda, else float32)")
+    _add_number(machine, "batch_size", 8, "N", "pictures in a batch")
+    machine.add_argument("--compile", action="store_true", help="compile the model first; worthwhile in long runs")
+
+
+def add_machine_flags(parser: argparse.ArgumentParser, dtype_help: str) -> Any:
+    """Add the flags on the device, and return their group."""
     machine = parser.add_argument_group("machine")
     devices = "cuda, cuda:N, mps or cpu (default: the first available)"
     machine.add_argument("--device", type=as_device, metavar="DEVICE", help=devices)
-    dtypes = ("float16", "bfloat16", "float32")
-    machine.add_argument("--dtype", choices=dtypes, help="type of the weights (default: float16 on cuda, else float32)")
-    _add_number(machine, "batch_size", 8, "N", "pictures in a batch")
-    machine.add_argument("--compile", action="store_true", help="compile the model first; worthwhile in long runs")
+    machine.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help=dtype_help)
+    return machine
 
 
 def _add_number(group: Any, name: str, default: float | None, metavar: str, meaning: str) -> None:
@@ -166,7 +256,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argp
     options.resolution = options.resolution or classes.resolution
     options.ckpt_path = options.ckpt_path or classes.ckpt_path
     if options.ckpt_path is None:
-        raise InputError("--ckpt_path: needed with a data set of your own: the folder that Diff-Mix wrote")
+        raise InputError("needed with a data set of your own: the folder that Diff-Mix wrote", "ckpt_path")
     find_checkpoint_files(options.ckpt_path)
     check_model(options.model, options.resolution)
     check_prompt(options.prompt)
@@ -181,13 +271,13 @@ def check_model(model: str, resolution: int) -> None:
         folder = Path(model).stem
         convert = f"StableDiffusionPipeline.from_single_file({model!r}).save_pretrained({folder!r})"
         command = shlex.join(["python", "-c", f"from diffusers import StableDiffusionPipeline; {convert}"])
-        raise InputError(f"--model: {model} is a single file; convert it once, and give the new folder: {command}")
+        raise InputError(f"{model} is a single file; convert it once, and give the new folder: {command}", "model")
     if not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@\w[\w./-]*)?", model):
-        raise InputError(f"--model: {model} is no folder, and no id on the hub; give one or the other")
+        raise InputError(f"{model} is no folder, and no id on the hub; give one or the other", "model")
     check_resolution(resolution, read_vae_factor(model))
 
 
-def _find_class(flag: str, wanted: str | None, names: tuple[str, ...]) -> int | None:
+def _find_class(option: str, wanted: str | None, names: tuple[str, ...]) -> int | None:
     labels = {comparison_key(name): label for label, name in enumerate(names)}
     examples = f"give a name, such as {names[0]}"
     if not any(re.fullmatch(r"[-+]?[\d.,]+", name) for name in labels):  # else a number could be meant as a name
@@ -195,4 +285,4 @@ def _find_class(flag: str, wanted: str | None, names: tuple[str, ...]) -> int | 
         examples += f", or a number from 0 to {len(names) - 1}"
     if wanted is None or comparison_key(wanted) in labels:
         return None if wanted is None else labels[comparison_key(wanted)]
-    raise InputError(f"{flag}: {wanted!r} is no class of the data set; {examples}")
+    raise InputError(f"{wanted!r} is no class of the data set; {examples}", option)

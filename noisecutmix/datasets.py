@@ -14,11 +14,11 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from .classes import match_classes
 from .errors import InputError
+from .folder import LABELS_FILE, METADATA_FILE, PREFIXES, item_file_name, read_run
 from .plan import seed_sequence
 from .ranges import RANGES, Range
-from .record import LABELS_FILE, METADATA_FILE, PREFIXES, item_file_name, read_run
 
-LARGEST_SUM_ERROR = 0.01  # of a soft label; float16 of 200 classes stays well below
+MAX_SUM_ERROR = 0.01  # of a soft label; float16 of 200 classes stays well below
 
 
 class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
@@ -165,21 +165,22 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         RANGES["seed"].check("seed", seed)
         if isinstance(class_names, str | int):
             raise InputError(
-                f"`class_names`: has to be a list of names in the order of the labels, not {class_names!r}"
+                f"has to be a list of names in the order of the labels, not {class_names!r}", "class_names"
             )
         names = find_class_names(real) if class_names is None else class_names
         own_names = find_class_names(augmented)
         if names is None:
             raise InputError(
-                "`class_names`: the real data set does not tell which class its label 0 is, so the augmented labels "
-                "cannot be put into its order; give the class names in the order of its labels"
+                "the real data set does not tell which class its label 0 is, so the augmented labels "
+                "cannot be put into its order; give the class names in the order of its labels",
+                "class_names",
             )
         if own_names is None:
-            raise InputError("`augmented`: has no class_names; give an AugmentedDataset, or set its class_names")
+            raise InputError("has no class_names; give an AugmentedDataset, or set its class_names", "augmented")
         try:
             self._order = match_classes(names, own_names, "the real data set", "the augmented data set")
         except InputError as error:
-            hint = "" if class_names else "; if it names them otherwise, give `class_names` in its labels' order"
+            hint = "" if class_names else "; if it names them otherwise, give class_names in its labels' order"
             raise InputError(f"{error}{hint}") from error
         self.class_names = list(names)
         self.num_classes = len(self.class_names)
@@ -237,7 +238,7 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
         is_class = label.ndim == 0 and not label.is_floating_point() and label.dtype != torch.bool
         if is_class and 0 <= label < self.num_classes:
             label = torch.nn.functional.one_hot(label.long(), self.num_classes)
-        if label.shape != (self.num_classes,) or label.min() < 0 or not abs(label.sum() - 1) < LARGEST_SUM_ERROR:
+        if label.shape != (self.num_classes,) or label.min() < 0 or not abs(label.sum() - 1) < MAX_SUM_ERROR:
             raise ValueError(wrong)
         return label.float()
 

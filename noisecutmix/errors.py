@@ -1,12 +1,32 @@
 """Errors that the user can fix: each message is one line that says what to do."""
 
 
-class InputError(Exception):
-    """A flag or a file is wrong. The message names it; no data was changed."""
+class _UserError(Exception):
+    """An error that the user can fix.
+
+    Args:
+        message: one line that says what is wrong and what to do.
+        option: the parameter, and flag of the scripts, that it is about, if any.
+    """
+
+    def __init__(self, message: str, option: str = ""):
+        super().__init__(message, option)
+        self.message, self.option = message, option
+
+    def __str__(self) -> str:
+        return f"{self.option}: {self.message}" if self.option else self.message
+
+    def as_line(self) -> str:
+        """Return the message as a script prints it, with the flag."""
+        return " ".join(f"--{self}".split() if self.option else self.message.split())
 
 
-class RunError(Exception):
-    """The run cannot continue. Every finished file is whole; the message says what to do."""
+class InputError(_UserError):
+    """A flag or a file is wrong; no data was changed."""
+
+
+class RunError(_UserError):
+    """The run cannot continue. Every finished file is whole."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent; PNG files."""
+"""Files that are either whole or absent; JSON, PNG, and the record of a folder: read, compared, described."""
 
 import contextlib
 import io
@@ -7,15 +7,19 @@ import os
 import struct
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo, putchunk
 
+from . import __version__
 from .errors import InputError
 
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow")
+MAX_SHOWN = 120  # characters of a value in a message
 PNG_COLOR_TYPES = {"L": 0, "RGB": 2}
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -80,13 +84,46 @@ def read_json(file: Path, flag: str, **kinds: type) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InputError(f"`{flag}`: {file} cannot be read: {error.strerror}") from error
+        raise InputError(f"{file} cannot be read: {error.strerror}", flag) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"`{flag}`: {file} is not valid JSON: {error}") from error
+        raise InputError(f"{file} is not valid JSON: {error}", flag) from error
     for name, kind in kinds.items():
         if not isinstance(content, dict) or type(content.get(name)) is not kind:
-            raise InputError(f'`{flag}`: {file} has no "{name}" of type {kind.__name__}')
+            raise InputError(f'{file} has no "{name}" of type {kind.__name__}', flag)
     return content
+
+
+def read_record(file: Path, option: str, **kinds: type) -> dict[str, Any] | None:
+    """Return the content of a JSON file, None where it is missing or empty (its creator was killed)."""
+    return read_json(file, option, **kinds) if os.path.isfile(file) and os.path.getsize(file) else None
+
+
+def check_same(root: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise an InputError unless a folder was made with the same options."""
+    if differences := describe_differences(there, now):
+        raise InputError(
+            f"{root} was made with another {differences}; "
+            "give the same options, choose another folder, or delete this one",
+            "output_dir",
+        )
+
+
+def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the options that differ, such as "alpha (1.0 there, 0.5 now), seed (…)"; long values are left out."""
+    differences = []
+    for name in {**now, **there}:
+        if there.get(name) != now.get(name):
+            values = f" ({there.get(name)} there, {now.get(name)} now)"
+            differences.append(name + (values if len(values) < MAX_SHOWN else ""))
+    return ", ".join(differences)
+
+
+def describe_program(command: Sequence[str]) -> dict[str, Any]:
+    """Return what a record says of the program: the command that continues the run, and the versions."""
+    return {
+        "command": list(command),
+        "versions": {"noisecutmix": __version__, **{name: version(name) for name in LIBRARIES}},
+    }
 
 
 def write_png(path: Path, image: Image.Image, comment: str = "") -> None:
@@ -138,4 +175,4 @@ def check_writable(folder: Path) -> None:
     try:
         tempfile.TemporaryDirectory(dir=place).cleanup()  # os.access is wrong for root, and on Windows
     except OSError as error:
-        raise InputError(f"`output_dir`: {place} cannot be written: {error.strerror}; choose another folder") from error
+        raise InputError(f"{place} cannot be written: {error.strerror}; choose another folder", "output_dir") from error

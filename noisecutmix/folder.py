@@ -1,4 +1,6 @@
-"""The output folder of a data set. Any number of processes fill it at once, and need not know of each other.
+"""The output folder of a data set: its files, run.json, and what the data depend on.
+
+Any number of processes fill it at once, and need not know of each other.
 
 Every file is a pure function of the options and its index, is written under another name and then renamed, and each
 picture holds a hash of the options and its index in its first bytes. So a process only adds files that are missing or
@@ -18,15 +20,52 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from . import files, record
+from . import files
+from .classes import Classes
 from .errors import InputError, RunError
 from .plan import Item, Plan
-from .preview import MOST_PICTURES, draw_preview
+from .preview import MAX_PICTURES, draw_preview
+from .sources import fingerprint_checkpoint, fingerprint_model
 
+RUN_FILE, LABELS_FILE, METADATA_FILE, PREVIEW_FILE = "run.json", "soft_label.npy", "metadata.jsonl", "preview.png"
+PREFIXES = {"image": "gen", "mask": "mask"}  # of an item's files, by folder
+MIN_DIGITS = 4
 MODES = {"image": "RGB", "mask": "L"}  # of the pictures, by folder
 LOOKED_AT_ONCE = 1000  # items
 ROWS_COMPARED = 1000
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
+def count_digits(num_items: int) -> int:
+    """Return how many digits the file names of a data set have, so that they sort in row order."""
+    return max(MIN_DIGITS, len(str(num_items - 1)))
+
+
+def item_file_name(part: str, num_items: int) -> str:
+    """Return "image/gen_%04d.png" or "mask/mask_%04d.png", to be filled in with the item's index."""
+    return f"{part}/{PREFIXES[part]}_%0{count_digits(num_items)}d.png"
+
+
+def read_run(folder: Path, option: str) -> dict[str, Any] | None:
+    """Return the content of a data set's run.json, None if there is none. Raises InputError if it is damaged."""
+    return files.read_record(folder / RUN_FILE, option, num_aug=int, options=dict)
+
+
+def describe_data(flags: dict[str, Any], classes: Classes, model: str, ckpt_path: Path, dtype: str) -> dict[str, Any]:
+    """Return all that the data depend on, as JSON values. A data set is continued only if all is the same.
+
+    Args:
+        flags: the values of all flags that may change the data.
+        classes, model, ckpt_path, dtype: see `NoiseCutMixGenerator`.
+    """
+    return {
+        **flags,
+        "dtype": dtype,
+        "meta_class": classes.meta_class,
+        "class_names": list(classes.names),
+        "model": fingerprint_model(model, prefers_half=dtype == "float16"),
+        "checkpoint": fingerprint_checkpoint(ckpt_path),
+    }
 
 
 class OutputFolder:
@@ -44,8 +83,8 @@ class OutputFolder:
         self.root, self.plan, self.num_items, self.class_names = root, plan, num_items, class_names
         self._options = json.loads(json.dumps(options))
         self._mark = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
-        self._run_file, self._labels = root / record.RUN_FILE, root / record.LABELS_FILE
-        self._metadata = root / record.METADATA_FILE
+        self._run_file, self._labels = root / RUN_FILE, root / LABELS_FILE
+        self._metadata = root / METADATA_FILE
 
     def check_usable(self) -> None:
         """Check that a data set with these options may be drawn into the folder.
@@ -55,23 +94,25 @@ class OutputFolder:
         """
         # looked for first, since a process that begins writes run.json first
         foreign = [file for file in (self._metadata, self._labels) if file.exists()]
-        foreign += [file for part in record.PREFIXES for file in (self.root / part).glob("[!.]*")]
-        there = record.read_run(self.root, "output_dir")
+        foreign += [file for part in PREFIXES for file in (self.root / part).glob("[!.]*")]
+        there = read_run(self.root, "output_dir")
         if there is None:
             if foreign:
-                raise InputError(f"`output_dir`: {foreign[0]} is not from this program; choose another folder")
+                raise InputError(f"{foreign[0]} is not from this program; choose another folder", "output_dir")
             return
         if "runs" in there:
             raise InputError(
-                f"`output_dir`: {self.root} holds a data set of an earlier version, which can be read but not "
-                "continued; choose another folder"
+                f"{self.root} holds a data set of an earlier version, which can be read but not "
+                "continued; choose another folder",
+                "output_dir",
             )
-        record.check_same(self.root, there["options"], self._options)
-        fewest, most = max(there["num_aug"], len(self._read_labels())), 10 ** record.count_digits(there["num_aug"])
+        files.check_same(self.root, there["options"], self._options)
+        fewest, most = max(there["num_aug"], len(self._read_labels())), 10 ** count_digits(there["num_aug"])
         if not fewest <= self.num_items <= most:
             raise InputError(
-                f"`num_aug`: {self.root} is planned for {fewest} items, and its file names for {most} at most; ask for "
-                "a number between, or choose another folder"
+                f"{self.root} has {fewest} items, and its file names have room for {most}; ask for a number from "
+                f"{fewest} to {most}, or choose another folder",
+                "num_aug",
             )
 
     def begin(self, run: dict[str, Any]) -> bool:
@@ -89,7 +130,7 @@ class OutputFolder:
         self._run_file_content = self._run_file.read_bytes()
         self._run_file_status = (0, 0)
         self.check_usable()
-        for part in record.PREFIXES:
+        for part in PREFIXES:
             (self.root / part).mkdir(exist_ok=True)
         return is_new
 
@@ -106,7 +147,7 @@ class OutputFolder:
         """
 
         def look(some: Sequence[int]) -> list[int]:
-            return [i for i in some if not all(self._is_whole(part, i, every_pixel) for part in record.PREFIXES)]
+            return [i for i in some if not all(self._is_whole(part, i, every_pixel) for part in PREFIXES)]
 
         chunks = [indices[start : start + LOOKED_AT_ONCE] for start in range(0, len(indices), LOOKED_AT_ONCE)]
         with ThreadPoolExecutor() as pool:
@@ -130,7 +171,7 @@ class OutputFolder:
             every_pixel: compare every row and every pixel; otherwise at most 1,000 evenly spaced rows.
         """
         return (
-            (self.root / record.PREVIEW_FILE).is_file()
+            (self.root / PREVIEW_FILE).is_file()
             and self._has_planned_labels(self.num_items if every_pixel else min(self.num_items, ROWS_COMPARED))
             and not self.find_missing(range(self.num_items), every_pixel)
         )
@@ -144,15 +185,7 @@ class OutputFolder:
         self._check_still_ours()
         if len(self._read_labels()) > self.num_items:  # another process has continued the data set
             return
-        items = list(self.plan.items(min(self.num_items, MOST_PICTURES)))
-        images = []
-        for item in items:
-            file = self._path("image", item.index)
-            image = files.decode_png(file)
-            if image is None:
-                raise RunError(f"{file} is damaged; the same command with `verify` draws it again")
-            images.append(image)
-        files.write_png(self.root / record.PREVIEW_FILE, draw_preview(images, items, self.class_names), self._mark)
+        self._write_preview()
         with files.atomic_file(self._labels) as labels, files.atomic_file(self._metadata) as metadata:
             shape = (self.num_items, len(self.class_names))
             np.lib.format.write_array_header_1_0(labels, {"descr": "<f4", "fortran_order": False, "shape": shape})
@@ -161,8 +194,25 @@ class OutputFolder:
                 metadata.write(self._metadata_line(item))
             self._check_still_ours()
 
+    def write_early_preview(self) -> None:
+        """Write the preview once its pictures are there, so that one can look at a long run; then do nothing."""
+        is_there = (self.root / PREVIEW_FILE).exists()
+        if not is_there and not self.find_missing(range(min(self.num_items, MAX_PICTURES))):
+            self._write_preview()
+
+    def _write_preview(self) -> None:
+        items = list(self.plan.items(min(self.num_items, MAX_PICTURES)))
+        images = []
+        for item in items:
+            file = self._path("image", item.index)
+            image = files.decode_png(file)
+            if image is None:
+                raise RunError(f"{file} is damaged; the same command with --verify draws it again")
+            images.append(image)
+        files.write_png(self.root / PREVIEW_FILE, draw_preview(images, items, self.class_names), self._mark)
+
     def _path(self, part: str, index: int) -> Path:
-        return self.root / (record.item_file_name(part, self.num_items) % index)
+        return self.root / (item_file_name(part, self.num_items) % index)
 
     def _comment(self, index: int) -> str:
         return f"NoiseCutMix {self._mark}, item {index}"
@@ -214,14 +264,12 @@ class OutputFolder:
 
     def _metadata_line(self, item: Item) -> bytes:
         content = {
-            "file_name": record.item_file_name("image", self.num_items) % item.index,
-            "mask_file_name": record.item_file_name("mask", self.num_items) % item.index,
+            "file_name": item_file_name("image", self.num_items) % item.index,
+            "mask_file_name": item_file_name("mask", self.num_items) % item.index,
             "target_label": item.target,
             "target_name": self.class_names[item.target],
             "aug_label": item.aug,
             "aug_name": self.class_names[item.aug],
-            "ratio": item.ratio,
-            "box": item.box,
-            "seed": item.noise_seed,
+            **item.description(),
         }
         return f"{JSON_ENCODER.encode(content)}\n".encode()

@@ -1,6 +1,5 @@
 """Draw the items of a plan with a data set's fine-tuned model."""
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -72,16 +71,16 @@ class NoiseCutMixGenerator:
         classes = data_name if isinstance(data_name, Classes) else load_classes(str(data_name))
         self.class_names = list(classes.names if class_names is None else class_names)
         if find_repeated(self.class_names):
-            raise InputError(f"`class_names`: {find_repeated(self.class_names)!r} occurs twice")
+            raise InputError(f"{find_repeated(self.class_names)!r} occurs twice", "class_names")
         self.meta_class = classes.meta_class if meta_class is None else meta_class
         self.num_classes = len(self.class_names)
         resolution = classes.resolution if resolution is None else resolution
         self.plan = Plan(seed, self.num_classes, alpha, resolution) if plan is None else plan
         if self.plan.num_classes != self.num_classes:
-            raise InputError(f"`plan`: is for {self.plan.num_classes} classes, the data set has {self.num_classes}")
+            raise InputError(f"is for {self.plan.num_classes} classes, the data set has {self.num_classes}", "plan")
         ckpt_path = classes.ckpt_path if ckpt_path is None else ckpt_path
         if ckpt_path is None:
-            raise InputError("`ckpt_path`: a data set of your own needs the folder of its Diff-Mix checkpoint")
+            raise InputError("a data set of your own needs the folder of its Diff-Mix checkpoint", "ckpt_path")
 
         self.pipe = load_pipeline(str(classes.model if model is None else model), ckpt_path, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
@@ -96,8 +95,9 @@ class NoiseCutMixGenerator:
             longest = max(len(ids) for ids in self.pipe.tokenizer(self._prompts).input_ids)
         if longest > (limit := self.pipe.tokenizer.model_max_length):
             raise InputError(
-                f"`prompt`: {{name}} or the text after it lies beyond the {limit} tokens that the model reads; "
-                f"shorten the template by {longest - limit} tokens"
+                f"{{name}} or the text after it lies beyond the {limit} tokens that the model reads; "
+                f"shorten the template by {longest - limit} tokens",
+                "prompt",
             )
         self._embeds: dict[str, torch.Tensor] = {}
         self._next_index = 0
@@ -133,7 +133,7 @@ class NoiseCutMixGenerator:
         targets = self._as_labels("target_labels", target_labels)
         augs = [None] * len(targets) if aug_labels is None else self._as_labels("aug_labels", aug_labels)
         if len(augs) != len(targets):
-            raise InputError(f"`aug_labels`: has to hold {len(targets)} labels, not {len(augs)}")
+            raise InputError(f"has to hold {len(targets)} labels, not {len(augs)}", "aug_labels")
         plan = self.plan if resolution is None else replace(self.plan, resolution=resolution)
         check_resolution(plan.resolution, self.pipe.vae_scale_factor)
         items = [plan.item(self._next_index + i, *pair) for i, pair in enumerate(zip(targets, augs))]
@@ -154,7 +154,7 @@ class NoiseCutMixGenerator:
             RunError: the device is out of memory at batch size 1, or a picture is not finite.
         """
         if len({item.resolution for item in items}) > 1:
-            raise InputError("`items`: have to be of one resolution; use one call for each resolution")
+            raise InputError("have to be of one resolution; use one call for each resolution", "items")
         images: list[Image.Image] = []
         while len(images) < len(items):
             batch = items[len(images) : len(images) + self.batch_size]
@@ -167,7 +167,7 @@ class NoiseCutMixGenerator:
                     raise
                 if size == 1:
                     raise RunError(
-                        "out of memory at batch size 1; use a smaller `resolution`, `dtype=float16` or a larger device"
+                        "out of memory at batch size 1; use a smaller resolution, dtype=float16 or a larger device"
                     ) from error
             # outside the handler, where the memory of the failed attempt is free
             if torch.cuda.is_available():
@@ -192,7 +192,7 @@ class NoiseCutMixGenerator:
         except RunError:
             raise
         except RuntimeError as error:  # the base of torch's compilation errors, whose messages can have 10 kB
-            raise RunError(f"`compile`: {first_line(error)[:300]}; without it the run is only slower") from error
+            raise RunError(f"{first_line(error)[:300]}; without it the run is only slower", "compile") from error
 
     def _as_labels(self, name: str, labels: Labels) -> list[int]:
         valid = Range(int, 0, self.num_classes - 1)
@@ -227,32 +227,47 @@ class NoiseCutMixGenerator:
         return torch.cat([self._embeds[prompt] for prompt in prompts])
 
 
-def create_generator(options: argparse.Namespace, device: str, plan: Plan) -> NoiseCutMixGenerator:
-    """Return the generator of a script's options, compiled if they say so.
+def create_generator(
+    device: str,
+    classes: Classes,
+    plan: Plan,
+    *,
+    model: str,
+    ckpt_path: Path,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float],
+    num_inference_steps: int,
+    dtype: str | None,
+    prompt: str,
+    batch_size: int,
+    compile: bool,
+) -> NoiseCutMixGenerator:
+    """Return the generator of a script, compiled if `compile` says so; the others are NoiseCutMixGenerator's arguments.
 
     Raises:
         InputError: model, checkpoint or prompt are wrong.
         RunError: the device has too little memory, or PyTorch cannot compile here.
     """
+    say("loading the model")
     try:
         generator = NoiseCutMixGenerator(
             device,
-            options.classes,
-            options.ckpt_path,
-            guidance_scale=options.guidance_scale,
-            num_inference_steps=options.num_inference_steps,
-            model=options.model,
-            dtype=options.dtype,
-            prompt=options.prompt,
-            batch_size=options.batch_size,
-            guidance_interval=options.guidance_interval,
+            classes,
+            ckpt_path,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            model=model,
+            dtype=dtype,
+            prompt=prompt,
+            batch_size=batch_size,
+            guidance_interval=guidance_interval,
             plan=plan,
         )
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error
         raise
-    if options.compile:
+    if compile:
         start = time.perf_counter()
         generator.compile()
         say(f"compiled in {time.perf_counter() - start:.0f} s")

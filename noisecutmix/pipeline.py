@@ -13,7 +13,7 @@ from PIL import Image
 from .errors import RunError
 from .ranges import RANGES, Range, check_guidance_interval
 
-PIXELS_AT_ONCE = 2**19  # in one call of the VAE, two pictures of 512x512: more need more memory and are hardly faster
+DECODED_PIXELS = 2**19  # in one call of the VAE, two pictures of 512x512: more need more memory and are hardly faster
 
 Mask = Image.Image | np.ndarray | torch.Tensor
 Prompt = str | list[str]
@@ -235,11 +235,11 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the pictures (B, 3, height, width), -1 to 1, or raise a RunError."""
         pixels = latents[0, 0].numel() * self.vae_scale_factor**2  # of a picture
-        parts = (latents / self.vae.config.scaling_factor).split(max(1, PIXELS_AT_ONCE // pixels))
+        parts = (latents / self.vae.config.scaling_factor).split(max(1, DECODED_PIXELS // pixels))
         decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
         if not torch.isfinite(decoded).all():
             raise RunError(
-                f"a picture is not finite in {decoded.dtype}; use `dtype=bfloat16`, and another folder for a data set"
+                f"a picture is not finite in {decoded.dtype}; use dtype=bfloat16, and another folder for a data set"
             )
         return decoded
 

@@ -1,9 +1,9 @@
 """The plan of a data set: the classes, CutMix box, mask and noise seed of each item, known before anything is drawn."""
 
-import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ def seed_sequence(seed: int, *numbers: int) -> np.random.SeedSequence:
     return np.random.SeedSequence([seed % 2**32, *numbers, *([seed >> 32] if seed >> 32 else [])])
 
 
-def sample_box(height: int, width: int, alpha: float, rng: np.random.Generator) -> Box:
+def sample_cutmix_box(height: int, width: int, alpha: float, rng: np.random.Generator) -> Box:
     """Draw a CutMix box (left, top, right, bottom) in pixels, right and bottom excluded.
 
     lambda ~ Beta(alpha, alpha); the box's sides are sqrt(1 - lambda) of the picture's, its centre is uniform over the
@@ -70,7 +70,7 @@ def make_mask_and_ratio(
     """
     height, width = (Range(int, 1).check("size", side) for side in size[:2])
     alpha = RANGES["alpha"].check("alpha", alpha)
-    box = sample_box(height, width, alpha, rng if rng is not None else np.random.default_rng())
+    box = sample_cutmix_box(height, width, alpha, rng if rng is not None else np.random.default_rng())
     return draw_mask(box, height, width), area_ratio(box, height, width)
 
 
@@ -99,6 +99,10 @@ class Item:
     def mask(self) -> Image.Image:
         """Return the mask, "L": 255 where the target class is drawn, 0 where the aug class is."""
         return draw_mask(self.box, self.resolution, self.resolution)
+
+    def description(self) -> dict[str, Any]:
+        """Return what metadata.jsonl says of the mask and the noise, as JSON values."""
+        return {"ratio": self.ratio, "box": self.box, "seed": self.noise_seed}
 
     def soft_label(self, num_classes: int) -> np.ndarray:
         """Return r * onehot(target) + (1 - r) * onehot(aug): float32, (num_classes,), sum 1."""
@@ -142,9 +146,9 @@ class Plan:
             if label is not None:
                 Range(int, 0, self.num_classes - 1).check(name, label)
         if target is not None and target == aug:
-            raise InputError(f"`target` and `aug` have to differ but are both {target}")
+            raise InputError(f"target and aug have to differ but are both {target}")
         rng = np.random.Generator(np.random.PCG64(seed_sequence(self.seed, index)))
-        box = sample_box(self.resolution, self.resolution, self.alpha, rng)
+        box = sample_cutmix_box(self.resolution, self.resolution, self.alpha, rng)
         noise_seed = int(rng.integers(2**63 - 1))
         first, second = int(rng.random() * self.num_classes), int(rng.random() * (self.num_classes - 1))
         if target is None:
@@ -159,9 +163,3 @@ class Plan:
     def items(self, num_items: int) -> Iterator[Item]:
         """Yield items 0 to num_items - 1 in order."""
         return map(self.item, range(num_items))
-
-
-def create_plan(options: argparse.Namespace) -> Plan:
-    """Return the plan of a script's options."""
-    num_classes = len(options.classes.names)
-    return Plan(options.seed, num_classes, options.alpha, options.resolution, options.single_class)

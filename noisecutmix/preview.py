@@ -5,27 +5,36 @@ import functools
 import unicodedata
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from .plan import Item
 
-MOST_PICTURES = 16
+MAX_PICTURES = 16
 COLUMNS = 4
 SIDE = 256
 CAPTION_HEIGHT, LINE_HEIGHT = 54, 24
 MARGIN = 12
 TARGET_COLOR = (214, 39, 40)
 AUG_COLOR = (31, 119, 180)
+LINE_WIDTH = 3
+LEGEND_HEIGHT = 30
+LEGEND = [
+    ("red: target class, inside the outline", TARGET_COLOR),
+    ("blue: aug class, outside", AUG_COLOR),
+    ("numbers: shares of the soft label", (0, 0, 0)),
+]
 FONT_SIZES = range(20, 12, -1)  # in pixels, the preferred one first
 BUILT_IN = ""
 FONTS = (BUILT_IN, "DejaVuSans.ttf", "arial.ttf")  # the built-in one has ASCII letters only
 
+LEGEND_SIZE = 14
+Color = tuple[int, int, int]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
-Caption = tuple[str, int, tuple[int, int, int]]  # text, label of the class, colour
+Caption = tuple[str, int, Color]  # text, label of the class, colour
 
 
 def draw_preview(images: Sequence[Image.Image], items: Sequence[Item], class_names: Sequence[str]) -> Image.Image:
-    """Return a grid of the pictures, each with its box outlined and both classes with their label shares below it."""
+    """Return a grid of the pictures, each with its mask outlined and both classes with their label shares below it."""
     captions = [
         [
             (f"{share:.2f}", label, color)
@@ -34,21 +43,33 @@ def draw_preview(images: Sequence[Image.Image], items: Sequence[Item], class_nam
         ]
         for item in items
     ]
-    return draw_grid([_outline(image, item) for image, item in zip(images, items)], captions, class_names)
+    outlined = [_outline(image, item.mask()) for image, item in zip(images, items)]
+    return draw_grid(outlined, captions, class_names, LEGEND)
 
 
 def draw_grid(
-    images: Sequence[Image.Image], captions: Sequence[Sequence[Caption]], class_names: Sequence[str]
+    images: Sequence[Image.Image],
+    captions: Sequence[Sequence[Caption]],
+    class_names: Sequence[str],
+    legend: Sequence[tuple[str, Color]],
 ) -> Image.Image:
-    """Return a grid of the pictures, each with lines below it: a text, the name of a class, and a colour."""
+    """Return a grid of the pictures, each with lines below it: a text, the name of a class, and a colour.
+
+    The legend, texts and their colours, stands above as many columns as there are texts, or in as many lines.
+    """
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
     caption_height = CAPTION_HEIGHT + LINE_HEIGHT * (max(2, *map(len, captions)) - 2)
     cell_width, cell_height = SIDE + MARGIN, SIDE + caption_height + MARGIN
-    grid = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    legend_rows = -(-len(legend) // columns)
+    above = LEGEND_HEIGHT * legend_rows
+    grid = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN + above), "white")
+    for number, (text, color) in enumerate(legend):
+        place = MARGIN + number % columns * cell_width, 6 + number // columns * LEGEND_HEIGHT
+        ImageDraw.Draw(grid).text(place, text, fill=color, font=_load_font(BUILT_IN, LEGEND_SIZE))
     for number, (image, lines) in enumerate(zip(images, captions)):
         left = MARGIN + number % columns * cell_width
-        top = MARGIN + number // columns * cell_height
+        top = above + MARGIN + number // columns * cell_height
         grid.paste(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, top))
         for line, (start, label, color) in enumerate(lines):
             text, font = _fit_caption(start, class_names[label], label)
@@ -77,13 +98,14 @@ def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.
     return grid
 
 
-def _outline(image: Image.Image, item: Item) -> Image.Image:
-    """Return a picture of the grid's size, with the outline of an item's box."""
+def _outline(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """Return a picture of the grid's size, with the inner edge of the mask's white part drawn."""
     scaled = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    left, top, right, bottom = item.box
-    if left < right and top < bottom:
-        x0, y0, x1, y1 = (round(edge * SIDE / side) for edge, side in zip(item.box, image.size * 2))
-        ImageDraw.Draw(scaled).rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=TARGET_COLOR, width=3)
+    # with a black border, so that the mask has an edge at the picture's border, too
+    white = ImageOps.expand(mask.resize((SIDE, SIDE), Image.Resampling.NEAREST), LINE_WIDTH)
+    inner = white.filter(ImageFilter.MinFilter(2 * LINE_WIDTH + 1))
+    edge = ImageOps.crop(ImageChops.subtract(white, inner), LINE_WIDTH)
+    scaled.paste(TARGET_COLOR, (0, 0), edge)
     return scaled
 
 

@@ -33,7 +33,7 @@ class Range:
         number: Any = numbers.Integral if self.kind is int else numbers.Real
         if isinstance(value, number) and not isinstance(value, bool) and self.lowest <= value <= self.highest:
             return self.kind(value)
-        raise InputError(f"`{name}`: has to be {self}, not {value!r}")
+        raise InputError(f"has to be {self}, not {value!r}", name)
 
 
 RANGES = {
@@ -55,13 +55,13 @@ def check_guidance_interval(low: float, high: float) -> None:
     for fraction in (low, high):
         RANGES["guidance_interval"].check("guidance_interval", fraction)
     if low > high:
-        raise InputError(f"`guidance_interval`: {low} is above {high}; give the lower end first")
+        raise InputError(f"{low} is above {high}; give the lower end first", "guidance_interval")
 
 
 def check_resolution(resolution: int, factor: int) -> None:
     """Raise an InputError unless the side of a picture is a multiple of the VAE's factor, both in pixels."""
     if resolution % factor:
-        raise InputError(f"`resolution`: has to be a multiple of {factor}, not {resolution}")
+        raise InputError(f"has to be a multiple of {factor}, not {resolution}", "resolution")
 
 
 def default_dtype(device: str) -> str:

@@ -1,9 +1,7 @@
-"""How a script ends, and its place among the processes that were started with it. Imports no torch."""
+"""How a script ends: exit status, signals, one-line errors. Imports no torch."""
 
-import argparse
 import contextlib
 import os
-import re
 import signal
 import sys
 import time
@@ -14,14 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from . import launch
 from .errors import InputError, RunError
-from .ranges import default_dtype
 
-HOW_TO_CONTINUE = "run the same command again to continue"
-# the first variable that is set counts: of accelerate and torchrun, of Open MPI, of Slurm
-RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
-COUNT = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+HOW_TO_CONTINUE = "run the same command again"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PACKAGE = Path(__file__).resolve().parent
 
 
 class Stopped(KeyboardInterrupt):
@@ -37,7 +33,7 @@ class _Signals:
         self._time = 0.0
 
     def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # shells ignore SIGINT for background processes
                 signal.signal(number, self._receive)
 
@@ -70,7 +66,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         status = int(end.code or 0)
     except BaseException as error:
         status = _report(error)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # do not interrupt the interpreter's shutdown
     sys.exit(status)
 
@@ -96,73 +92,39 @@ def deferring_signals() -> Iterator[None]:
         _signals.is_deferred = False
 
 
-def rank_and_count() -> tuple[int, int]:
-    """Return this process's number, from 0, among the processes that were started together, and their number.
+@contextlib.contextmanager
+def ending_at_signals() -> Iterator[None]:
+    """Let a signal end the process at once while the context lasts, since no Python code runs while torch waits."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
-    They are read from the variables of launchers, and of Slurm's job arrays. A process without them is 0 of 1.
-    """
-    count = max(_read_number(COUNT, 1), 1)
-    rank = _read_number(RANK, 0) % count
-    tasks = max(_read_number(["SLURM_ARRAY_TASK_COUNT"], 1), 1)
-    task = _read_number(["SLURM_ARRAY_TASK_ID"], 0) - _read_number(["SLURM_ARRAY_TASK_MIN"], 0)
-    return task % tasks * count + rank, tasks * count
+
+def program_words() -> list[str]:
+    """Return the words that start this program, such as ["python", "-m", "noisecutmix.finetune"]."""
+    script = Path(sys.argv[0]).absolute()
+    if script.name == "__main__.py" and PACKAGE in script.parents:  # started with -m
+        return ["python", "-m", ".".join(script.parent.relative_to(PACKAGE.parent).parts)]
+    return ["python", str(script)]
+
+
+def choose_device(requested: str | None) -> str:
+    """Return the device of this process, see `launch.choose_device`; say if there is no GPU."""
+    device = launch.choose_device(requested)
+    if requested is None and device == "cpu":
+        say("no GPU seen: running on the CPU")
+    return device
 
 
 def say(message: str) -> None:
     """Print one line on standard error, above a progress bar; only the first process of a launch prints."""
-    if is_first_process():
+    if launch.is_first_process():
         from tqdm import tqdm
 
         tqdm.write(message, file=sys.stderr)
-
-
-def is_first_process() -> bool:
-    """Return whether this process prints: the first of its launch, or of its task in a job array."""
-    return _read_number(RANK, 0) % max(_read_number(COUNT, 1), 1) == 0
-
-
-def choose_device(requested: str | None) -> str:
-    """Return the device of this process: the requested one; with None the first available of cuda, mps and cpu.
-
-    With "cuda", each process of a launch gets its own GPU.
-
-    Raises:
-        InputError: the requested device is not there.
-    """
-    if requested == "cpu":
-        return requested
-    import torch
-
-    count, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if requested is None:
-        requested = "cuda" if count else "mps" if has_mps else "cpu"
-        if requested == "cpu":
-            say("no GPU seen: running on the CPU")
-    elif requested == "mps" and not has_mps:
-        raise InputError("`device`: mps is not there; try `device=cpu`")
-    elif requested.startswith("cuda") and int(requested.partition(":")[2] or 0) >= count:
-        raise InputError(f"`device`: {requested} is not there, CUDA devices seen: {count}; try `device=cpu`")
-    if requested == "cuda" and _read_number(COUNT, 1) > 1:
-        return f"cuda:{_read_number(LOCAL_RANK, 0) % count}"
-    return requested
-
-
-def choose_device_and_dtype(options: argparse.Namespace) -> None:
-    """Set `device` and `dtype` of a training. Raises InputError if they are not there or do not fit each other."""
-    options.device = choose_device(options.device)
-    options.dtype = options.dtype or default_dtype(options.device)
-    if options.dtype == "float16" and not options.device.startswith("cuda"):
-        raise InputError(f"`dtype`: float16 needs cuda; use `dtype=bfloat16` or float32 on {options.device}")
-
-
-def with_flags(message: str) -> str:
-    """Replace parameters such as `resolution` or `dtype=float16` in a message by the flags of the scripts."""
-    return re.sub(r"`(\w+)(=[^`]*)?`", r"--\1\2", message)
-
-
-def _read_number(names: "list[str] | tuple[str, ...]", default: int) -> int:
-    text = next((os.environ[name] for name in names if name in os.environ), "")
-    return int(text) if text.isdecimal() else default
 
 
 def _keep_writable(stream: Any) -> None:
@@ -192,14 +154,14 @@ def _report(error: BaseException) -> int:
         say(f"stopped; {HOW_TO_CONTINUE}")
         return 128 + (_signals.first or signal.SIGINT)
     if isinstance(error, InputError):
-        if _read_number(LOCAL_RANK, 0) == 0 or _read_number(COUNT, 1) == 1 or not _is_stopped_within(10):
-            _print_error(str(error))
+        if launch.is_first_of_machine() or not _is_stopped_within(10):
+            _print_error(error.as_line())
         return 2
     if isinstance(error, OSError):
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
         _print_error(f"{reason}; {HOW_TO_CONTINUE}")
     elif isinstance(error, RunError):
-        _print_error(str(error))
+        _print_error(error.as_line())
     else:  # a bug
         traceback.print_exception(error)
     return 1
@@ -219,6 +181,6 @@ def _is_stopped_within(seconds: float) -> bool:
 
 
 def _print_error(message: str) -> None:
-    rank = _read_number(RANK, 0)
+    rank = launch.rank_in_launch()
     process = f"process {rank}: " if rank else ""
-    print(f"{Path(sys.argv[0]).name}: error: {process}{' '.join(with_flags(message).split())}", file=sys.stderr)
+    print(f"{Path(program_words()[-1]).name}: error: {process}{message}", file=sys.stderr)

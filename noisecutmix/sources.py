@@ -1,9 +1,12 @@
-"""The files that a model and a checkpoint are loaded from. Imports no torch."""
+"""The files that a model and a checkpoint are loaded from, and their fingerprints. Imports no torch."""
 
 import contextlib
+import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 from .classes import EMBEDDINGS_FILE, LORA_FILE
 from .errors import InputError, first_line
@@ -12,6 +15,7 @@ from .files import read_json
 WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 LOADED = (*WITH_WEIGHTS, "tokenizer", "scheduler")
 ADAPTER_FILE = "adapter_config.json"
+BYTES_READ_AT_ONCE = 2**24
 
 
 def find_checkpoint_files(ckpt_path: Path) -> tuple[Path, Path, Path]:
@@ -20,12 +24,12 @@ def find_checkpoint_files(ckpt_path: Path) -> tuple[Path, Path, Path]:
     Raises:
         InputError: there is no such folder, or the LoRA or the embeddings are missing or cannot be read.
     """
-    hint = "download or train a Diff-Mix checkpoint (README), or give its folder with `ckpt_path`"
+    hint = "download or train a Diff-Mix checkpoint (README), or give its folder as ckpt_path"
     lora, pickled = ckpt_path / LORA_FILE, (ckpt_path / LORA_FILE).with_suffix(".bin")
     lora = pickled if pickled.exists() and not lora.exists() else lora
     for file in (lora, ckpt_path / EMBEDDINGS_FILE):
         if not file.is_file():
-            raise InputError(f"`ckpt_path`: {ckpt_path} has no {file.name}; {hint}")
+            raise InputError(f"{ckpt_path} has no {file.name}; {hint}", "ckpt_path")
     return lora, ckpt_path / EMBEDDINGS_FILE, ckpt_path / ADAPTER_FILE
 
 
@@ -49,7 +53,7 @@ def find_model(model: str, prefers_half: bool) -> tuple[Path, str | None, list[P
                 others = [file for pattern in settings for file in folder.glob(pattern)]
                 if all(weights) and {"tokenizer", "scheduler"} <= {file.parent.name for file in others}:
                     return folder, variant, list(itertools.chain(others, *weights))
-    raise InputError(f"`model`: {model} has no complete set of weights for {', '.join(WITH_WEIGHTS)}")
+    raise InputError(f"{model} has no complete set of weights for {', '.join(WITH_WEIGHTS)}", "model")
 
 
 def read_vae_factor(model: str) -> int:
@@ -62,6 +66,38 @@ def read_vae_factor(model: str) -> int:
         return 8
     config = read_json(Path(model) / "vae" / "config.json", "model", block_out_channels=list)
     return 1 << max(0, len(config["block_out_channels"]) - 1)  # each block but the last halves the sides
+
+
+def fingerprint_files(root: Path, files: Iterable[Path]) -> str:
+    """Return a SHA-256 of the files' names below `root`, their sizes and their contents.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with tqdm(desc="reading files", unit="B", unit_scale=True, leave=False, delay=2) as bar:
+        for file in sorted(files):
+            try:
+                name = file.relative_to(root).as_posix().encode(errors="surrogateescape")
+                digest.update(name + f" {file.stat().st_size}\n".encode())
+                with open(file, "rb") as content:
+                    while part := content.read(BYTES_READ_AT_ONCE):
+                        digest.update(part)
+                        bar.update(len(part))
+            except OSError as error:
+                raise InputError(f"{file} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def fingerprint_model(model: str, prefers_half: bool) -> str:
+    """Return the fingerprint of the files of a model that `find_model` selects."""
+    folder, _, files = find_model(model, prefers_half)
+    return fingerprint_files(folder, files)
+
+
+def fingerprint_checkpoint(ckpt_path: Path) -> str:
+    """Return the fingerprint of the files of a checkpoint."""
+    return fingerprint_files(ckpt_path, (file for file in find_checkpoint_files(ckpt_path) if file.exists()))
 
 
 def _find_first(folder: Path, patterns: list[str]) -> list[Path]:
@@ -81,6 +117,7 @@ def _copies_of_hub_model(model: str, patterns: list[str]) -> Iterator[Path]:
         yield Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # depending on its version, huggingface_hub raises its own, requests' or httpx's errors
         raise InputError(
-            f"`model`: {model} is no local folder and cannot be downloaded from the hub ({first_line(error)}); "
-            "download it once (README) or give a local diffusers folder"
+            f"{model} is no local folder and cannot be downloaded from the hub ({first_line(error)}); "
+            "download it once (README) or give a local diffusers folder",
+            "model",
         ) from error

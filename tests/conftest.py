@@ -1,6 +1,7 @@
 """A tiny random Stable Diffusion and Diff-Mix checkpoints for it, written as files; the bundled digits; the scripts."""
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -22,14 +23,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from noisecutmix.checkpoint import load_pipeline
 from noisecutmix.errors import InputError, RunError
-from noisecutmix.script import with_flags
 
+pytest_plugins = ["finetuning"]
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "ckpts" / "digits"
 CLASS_NAMES = ["red kite", "blue jay", "grey heron"]
 TINY_WIDTH = 32
 RANK = 10
-LONGEST_WAIT = 300  # seconds, since the machine may be busy with other work
+MAX_WAIT = 300  # seconds, since the machine may be busy with other work
 
 
 def load_module(path):
@@ -198,11 +199,23 @@ def as_command_line(script, *arguments, folder):
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(sys, "argv", [str(path_of(script)), *map(str, arguments)])
         try:
-            yield naming_flags(load_module(ROOT / script).main)
+            yield naming_flags(main_of(script))
         finally:
             signal.signal(signal.SIGTERM, handler)
+
+
+def path_of(script):
+    """Return the file of a script, or of a command that is started with -m."""
+    return ROOT / (script if script.endswith(".py") else f"{script.replace('.', '/')}/__main__.py")
+
+
+def main_of(script):
+    """Return the main() of a script or a command."""
+    if script.endswith(".py"):
+        return load_module(ROOT / script).main
+    return importlib.import_module(f"{script}.__main__").main
 
 
 def naming_flags(main):
@@ -212,7 +225,7 @@ def naming_flags(main):
         try:
             main()
         except (InputError, RunError) as error:
-            raise type(error)(with_flags(str(error))) from error
+            raise type(error)(error.as_line()) from error
 
     return run
 
@@ -251,10 +264,10 @@ def start(tmp_path):
 
 
 def wait_for_images(folder, count, process):
-    end = time.monotonic() + LONGEST_WAIT
+    end = time.monotonic() + MAX_WAIT
     while len(list((folder / "image").glob("gen_*.png"))) < count:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"no {count} images in {LONGEST_WAIT} s"
+        assert time.monotonic() < end, f"no {count} images in {MAX_WAIT} s"
         time.sleep(0.02)
 
 
@@ -273,11 +286,12 @@ def whole(tmp_path_factory, tiny_arguments):
 
 
 def command(script, *arguments):
-    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+    start = [str(ROOT / script)] if str(script).endswith(".py") else ["-m", script]
+    return [sys.executable, *start, *map(str, arguments)]
 
 
 def offline_environment(**changes):
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", **changes}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT), **changes}
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 class SimulatedGenerator:
     """Draws pictures that depend on the item, the alpha of the run, and nothing else."""
 
-    def __init__(self, options):
-        self.seconds, self.alpha = float(os.environ.get("SECONDS_PER_BLOCK", "0")), options.alpha
+    def __init__(self, alpha):
+        self.seconds, self.alpha = float(os.environ.get("SECONDS_PER_BLOCK", "0")), alpha
         self.num_blocks, self.start = 0, time.time()
 
     def draw(self, items):
@@ -39,8 +39,8 @@ class SimulatedGenerator:
 generators = []
 
 
-def create_generator(options, device, plan):
-    generators.append(SimulatedGenerator(options))
+def create_generator(device, classes, plan, **arguments):
+    generators.append(SimulatedGenerator(plan.alpha))
     return generators[-1]
 
 

@@ -14,8 +14,9 @@ from noisecutmix.errors import InputError
 TORCH_FREE = """
 import runpy, sys
 sys.argv = sys.argv[1:]
+run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
 try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run(sys.argv[0], run_name="__main__", **({} if run is runpy.run_path else {"alter_sys": True}))
 finally:
     assert "torch" not in sys.modules, "torch was imported"
 """
@@ -23,7 +24,13 @@ finally:
 
 def run_without_torch(folder, script, *arguments):
     return subprocess.run(
-        [sys.executable, "-c", TORCH_FREE, str(ROOT / script), *map(str, arguments)],
+        [
+            sys.executable,
+            "-c",
+            TORCH_FREE,
+            str(ROOT / script) if script.endswith(".py") else script,
+            *map(str, arguments),
+        ],
         capture_output=True,
         text=True,
         timeout=60,
@@ -213,10 +220,11 @@ def test_a_missing_checkpoint_is_reported_with_its_folder(folder):
 INVALID_TEXT = "caf\udce9"  # Python's name for the bytes of "café" in Latin-1
 
 
-@pytest.mark.parametrize("flag", ["--output_dir", "--data_name", "--ckpt_path", "--model", "--prompt"])
-def test_invalid_text_is_refused_where_it_would_be_recorded(flag):
-    with pytest.raises(InputError, match=rf"^{flag}: '.*caf\\udce9' is not valid text; "):
-        cli.parse_generation(["--data_name=digits", f"{flag}={INVALID_TEXT}"])
+@pytest.mark.parametrize("option", ["output_dir", "data_name", "ckpt_path", "model", "prompt"])
+def test_invalid_text_is_refused_where_it_would_be_recorded(option):
+    with pytest.raises(InputError, match=rf"^{option}: '.*caf\\udce9' is not valid text; ") as refusal:
+        cli.parse_generation(["--data_name=digits", f"--{option}={INVALID_TEXT}"])
+    assert refusal.value.as_line().startswith(f"--{option}: ")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="arguments are no bytes there")

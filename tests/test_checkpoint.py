@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from noisecutmix.checkpoint import load_pipeline
 from noisecutmix.classes import find_placeholders
 from noisecutmix.errors import InputError
-from noisecutmix.record import fingerprint_checkpoint, fingerprint_files, fingerprint_model
+from noisecutmix.sources import fingerprint_checkpoint, fingerprint_files, fingerprint_model
 
 LORA = "pytorch_lora_weights.safetensors"
 EMBEDDINGS = "learned_embeds-steps-last.bin"
@@ -245,7 +245,7 @@ def test_a_hostile_pickle_in_a_base_model_is_not_run(tiny_model, tiny_checkpoint
     pickled = as_pickles(tiny_model, tmp_path / "model", part)
     (file,) = (pickled / part).glob("*.bin")
     file.write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(InputError, match=r"`model`: .* cannot be loaded") as caught:
+    with pytest.raises(InputError, match=r"model: .* cannot be loaded") as caught:
         load_pipeline(str(pickled), tiny_checkpoint, device="cpu")
     assert "\n" not in str(caught.value)
     assert "this ran" not in capsys.readouterr().out
@@ -300,7 +300,7 @@ def test_a_revision_of_a_hub_model_can_be_selected(hub, tiny_checkpoint, tmp_pat
     assert (load_pipeline("someone/tiny@v2", tiny_checkpoint, "cpu").unet.conv_in.bias == 0.5).all()
     assert not (load_pipeline("someone/tiny", tiny_checkpoint, "cpu").unet.conv_in.bias == 0.5).any()
     assert capsys.readouterr().err == ""
-    with pytest.raises(InputError, match=r"`model`: someone/tiny@v3 .* cannot be downloaded from the hub"):
+    with pytest.raises(InputError, match=r"model: someone/tiny@v3 .* cannot be downloaded from the hub"):
         load_pipeline("someone/tiny@v3", tiny_checkpoint, "cpu")
 
 
@@ -397,7 +397,7 @@ NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=1)([3
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_slashes_and_underscores_in_names_become_spaces(tiny_model, tiny_lora, tmp_path):
+def test_slashes_and_underlosses_in_names_become_spaces(tiny_model, tiny_lora, tmp_path):
     """As in the method's first implementation, in both mappings."""
     write_checkpoint(tmp_path, in_old_keys(tiny_lora), class_names=["Sooty/Albatross", "Blue_Jay", "owl "])
     pipe = load_pipeline(str(tiny_model), tmp_path, device="cpu")
@@ -546,7 +546,7 @@ def test_loading_leaves_the_global_random_state_alone(tiny_model, tiny_checkpoin
 def test_a_dtype_may_be_a_string(tiny_model, tiny_checkpoint):
     assert load_pipeline(str(tiny_model), tiny_checkpoint, "cpu", "bfloat16").unet.dtype == torch.bfloat16
     for wrong in ("float8", torch.int8, torch.float64, 16):
-        with pytest.raises(InputError, match="`dtype`: has to be float16, bfloat16, float32 or None"):
+        with pytest.raises(InputError, match="dtype: has to be float16, bfloat16, float32 or None"):
             load_pipeline(str(tiny_model), tiny_checkpoint, "cpu", wrong)
 
 
@@ -562,7 +562,7 @@ def test_a_lack_of_memory_is_not_called_a_damaged_model(tiny_model, tiny_checkpo
 
 def test_an_invalid_model_is_refused(tiny_checkpoint, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(InputError, match="`model`"):
+    with pytest.raises(InputError, match=r"^model: "):
         load_pipeline(str(tmp_path), tiny_checkpoint, device="cpu")
 
 

@@ -72,7 +72,7 @@ def test_json_data_set(tmp_path):
 
 
 def test_unknown_data_set():
-    with pytest.raises(InputError, match="`data_name`: 'birds' is unknown"):
+    with pytest.raises(InputError, match="data_name: 'birds' is unknown"):
         load_classes("birds")
 
 
@@ -130,7 +130,7 @@ def test_a_folder_of_finetune_sets_classes_model_and_resolution(tmp_path):
 
 
 def test_a_folder_whose_training_has_no_checkpoint_yet_gives_the_command(tmp_path):
-    folder = write_finetuned(tmp_path / "mine", command=["python", "ckpts/finetune.py", "--data_dir=my photos"])
+    folder = write_finetuned(tmp_path / "mine", command=["python", "noisecutmix.finetune", "--data_dir=my photos"])
     (folder / "classes.json").unlink()
     with pytest.raises(InputError, match=r"has no checkpoint yet; .*python ckpts/finetune\.py '--data_dir=my photos'$"):
         load_classes(str(folder))
@@ -138,7 +138,7 @@ def test_a_folder_whose_training_has_no_checkpoint_yet_gives_the_command(tmp_pat
 
 @pytest.mark.parametrize("settings", [{"model": None}, {"model": 3}, {"resolution": "64"}, {"resolution": True}])
 def test_a_damaged_finetune_json_is_refused(tmp_path, settings):
-    with pytest.raises(InputError, match=r'`data_name`: .*finetune\.json has no "(model|resolution)" of type'):
+    with pytest.raises(InputError, match=r'data_name: .*finetune\.json has no "(model|resolution)" of type'):
         load_classes(str(write_finetuned(tmp_path / "mine", **settings)))
 
 
@@ -147,7 +147,7 @@ def test_a_damaged_finetune_json_is_refused(tmp_path, settings):
 def test_a_folder_with_an_unreadable_file_is_refused(tmp_path, file, text):
     folder = write_finetuned(tmp_path / "mine")
     (folder / file).write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=f"`data_name`: .*{file} (is not valid JSON|has no )"):
+    with pytest.raises(InputError, match=f"data_name: .*{file} (is not valid JSON|has no )"):
         load_classes(str(folder))
 
 

@@ -1,12 +1,11 @@
 """The CUDA path in fake tensors of Stable Diffusion 1.5's shapes, on every machine. test_gpu.py needs a real GPU.
 
-The fake card (tests/fake_card.py) raises an error for an operand of another device or dtype than requested, and for
-every read by the host within the denoising loop. So each test that draws also checks these conditions.
+The fake card (tests/measure/fake_card.py) raises an error for an operand of another device or dtype than requested, and
+for every read by the host within the denoising loop. So each test that draws also checks these conditions.
 """
 
 import contextlib
 import re
-from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,14 +14,14 @@ import torch
 from conftest import ROOT
 from dry_run import CARDS, compute_drawing, compute_training, describe
 from fake_card import FakeCard, HostRead, WrongType, build_generator, build_pipeline, can_fake_cuda
-from fake_training import SETTINGS, cuda_autocast
+from fake_training import RECIPE, cuda_autocast
 from PIL import Image
 from random_models import SHAPES, build
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from noisecutmix.finetune.trainer import Trainer, create_accelerator
 from noisecutmix.photos import find_photos
-from noisecutmix.training import Trainer, create_accelerator
 
 BATCH = 3
 STEPS = 2
@@ -253,11 +252,12 @@ def test_live_memory_is_counted_from_allocation_to_release():
 
 def test_a_training_step_costs_what_a_real_one_does(tmp_path):
     build(tmp_path, SHAPES["tiny"])
-    settings = Namespace(**{**vars(SETTINGS), "model": str(tmp_path / "base")})
     for label in range(2):
         (tmp_path / "photos" / str(label)).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "photos" / str(label) / "0.png")
-    trainer = Trainer(settings, find_photos(tmp_path / "photos"), create_accelerator("cpu", "float32"))
+    machine = {"batch_size": 4, "accumulated": 1, "checkpoints_gradients": False}
+    accelerator = create_accelerator("cpu", "float32")
+    trainer = Trainer(RECIPE, find_photos(tmp_path / "photos"), accelerator, model=str(tmp_path / "base"), **machine)
     trainer.latents.encode(tmp_path / "latents.bin", "")
     aten = torch.ops.aten
     attention = {  # PyTorch 2.6 does not count these
@@ -268,8 +268,8 @@ def test_a_training_step_costs_what_a_real_one_does(tmp_path):
     }
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         trainer.step(0)
-    usage, usage_with = compute_training(SHAPES["tiny"], "float32", 32, batch_sizes=(settings.train_batch_size,))
-    assert usage.flops == pytest.approx(counter.get_total_flops() / settings.train_batch_size, **WITHIN_ONE_PERCENT)
+    usage, usage_with = compute_training(SHAPES["tiny"], "float32", 32, batch_sizes=(4,))
+    assert usage.flops == pytest.approx(counter.get_total_flops() / 4, **WITHIN_ONE_PERCENT)
     assert usage.step_bytes > 1.5 * usage_with.step_bytes
     assert 1.2 * usage.flops < usage_with.flops < 1.4 * usage.flops  # forward and backward, then forward again
     # nothing but the LoRA and the tokens has moments

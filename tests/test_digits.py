@@ -74,7 +74,7 @@ def test_a_uniform_mask_gives_pictures_of_one_class(drawn, classifier, name):
 
 def test_the_border_is_softer_than_a_pasted_one(drawn, train):
     """The figures in the demo's README: the mean step across the border, divided by the mean step elsewhere."""
-    measure_seams = load_module(ROOT / "tests" / "accuracy.py").measure_seams
+    measure_seams = load_module(ROOT / "tests" / "measure" / "accuracy.py").measure_seams
     pasted = drawn["aug"].copy()
     pasted[:, :, :16] = drawn["target"][:, :, :16]
     real = train.enlarge(train.load_split()[0])
@@ -126,7 +126,7 @@ def test_labels_out_of_range_are_named(generator):
 
 
 def test_a_prompt_that_truncates_the_class_is_refused():
-    with pytest.raises(InputError, match=r"`prompt`: \{name\} .*lies beyond the 24 tokens"):
+    with pytest.raises(InputError, match=r"prompt: \{name\} .*lies beyond the 24 tokens"):
         NoiseCutMixGenerator(device="cpu", data_name="digits", prompt="a very long way to go before the {name}")
 
 

@@ -55,7 +55,7 @@ def test_training_writes_a_checkpoint_that_draws(tmp_path):
 
 
 def test_accuracy_prints_every_row(tmp_path, monkeypatch, capsys):
-    accuracy, scripts = load_module(ROOT / "tests" / "accuracy.py"), []
+    accuracy, scripts = load_module(ROOT / "tests" / "measure" / "accuracy.py"), []
 
     def run_here(script, *arguments, **_):
         """Run a script in this process, since each start of another one takes ten seconds."""
@@ -81,7 +81,7 @@ def test_accuracy_prints_every_row(tmp_path, monkeypatch, capsys):
 
 def test_benchmark_prints_its_table(tmp_path):
     output = run(
-        "tests/benchmark.py", "--arch=tiny", "--device=cpu", "--steps=2", "--num_images=8", "--repeats=1",
+        "tests/measure/benchmark.py", "--arch=tiny", "--device=cpu", "--steps=2", "--num_images=8", "--repeats=1",
         "--json=out.json",
         folder=tmp_path,
     )  # fmt: skip
@@ -91,8 +91,8 @@ def test_benchmark_prints_its_table(tmp_path):
 
 def test_the_trainer_and_the_plain_loop_have_the_same_losses(tmp_path):
     run(
-        "tests/benchmark.py", "--finetune", "--arch=tiny", "--device=cpu", "--steps=4", "--batch_size=4", "--repeats=2",
-        "--json=out.json",
+        "tests/measure/benchmark.py", "--finetune", "--arch=tiny", "--device=cpu", "--steps=4", "--batch_size=4",
+        "--repeats=2", "--json=out.json",
         folder=tmp_path,
     )  # fmt: skip
     results = json.loads((tmp_path / "out.json").read_text())

@@ -203,7 +203,7 @@ def test_the_benchmark_prints_its_table(tmp_path, capsys):
     """It measures the plain implementation and the scripts on this GPU, at Stable Diffusion 1.5's shapes."""
     arguments = ["--arch=sd15", "--device=cuda", "--repeats=1", "--part", "throughput", "memory"]
     done = subprocess.run(
-        command("tests/benchmark.py", *arguments),
+        command("tests/measure/benchmark.py", *arguments),
         cwd=tmp_path,
         env=offline_environment(),
         capture_output=True,

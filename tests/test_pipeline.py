@@ -334,7 +334,7 @@ def test_the_number_of_steps_is_limited_by_the_schedule(tiny_pipeline, monkeypat
     tiny_pipeline.scheduler = scheduler.from_config(scheduler.config, timestep_spacing=spacing)
     monkeypatch.setattr(tiny_pipeline.unet, "forward", lambda sample, *_, **__: (sample / 2,))
     assert draw(tiny_pipeline, num_inference_steps=most).isfinite().all()
-    with pytest.raises(InputError, match=f"`num_inference_steps`: .* from 1 to {most}, not {most + 1}"):
+    with pytest.raises(InputError, match=f"num_inference_steps: .* from 1 to {most}, not {most + 1}"):
         draw(tiny_pipeline, num_inference_steps=most + 1)
 
 

@@ -15,16 +15,16 @@ import time
 
 import psutil
 import pytest
-from conftest import LONGEST_WAIT, ROOT, command, files_of, load_module, wait_for_images
+from conftest import MAX_WAIT, ROOT, command, files_of, load_module, wait_for_images
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noisecutmix import files, script
+from noisecutmix import files, launch
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.folder import OutputFolder
 from noisecutmix.plan import Plan
 
-VARIABLES = (*script.RANK, *script.COUNT, *script.LOCAL_RANK, "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
+VARIABLES = (*launch.RANK, *launch.COUNT, *launch.LOCAL_RANK, "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
 order_blocks = load_module(ROOT / "augmentation.py").order_blocks
 
 
@@ -53,7 +53,7 @@ def expected(draw, tmp_path):
 
 def end(process, status=0):
     """Return the standard error of a process that has to end with this exit status."""
-    _, errors = process.communicate(timeout=LONGEST_WAIT)
+    _, errors = process.communicate(timeout=MAX_WAIT)
     assert process.returncode == status, errors
     assert "Traceback" not in errors
     return errors
@@ -127,7 +127,7 @@ def test_each_process_of_a_scheduler_begins_at_its_own_share(monkeypatch, way):
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            seen.append(script.rank_and_count())
+            seen.append(launch.rank_and_count())
     assert seen == [(0, 2), (1, 2)]
 
 
@@ -147,7 +147,7 @@ def test_of_two_commands_at_the_same_moment_one_is_refused(draw, expected, tmp_p
     wanted = {alpha: expected(16, f"--alpha={alpha}") for alpha in (1.0, 0.5)}
     for _ in range(20):
         two = {alpha: draw(16, f"--alpha={alpha}") for alpha in wanted}
-        errors = {alpha: process.communicate(timeout=LONGEST_WAIT)[1] for alpha, process in two.items()}
+        errors = {alpha: process.communicate(timeout=MAX_WAIT)[1] for alpha, process in two.items()}
         assert sorted(process.returncode for process in two.values()) == [0, 2], errors
         (winner,) = (alpha for alpha, process in two.items() if process.returncode == 0)
         (loser,) = wanted.keys() - {winner}
@@ -302,7 +302,7 @@ def test_two_processes_of_accelerate_draw_what_one_draws(whole, start, tmp_path,
         [*launcher, str(ROOT / "augmentation.py"), *flags],
         HF_HOME=str(tmp_path / "no_configuration_of_the_user"),
     )
-    output, errors = process.communicate(timeout=LONGEST_WAIT)
+    output, errors = process.communicate(timeout=MAX_WAIT)
     assert process.returncode == 0, errors
     assert output.count("out is complete: 20 items") == 1  # only the first process prints
     assert files_of(tmp_path / "out") == files_of(whole)
@@ -315,7 +315,7 @@ def test_a_signal_ends_one_process_and_the_other_completes_the_data_set(draw, ex
     two = [draw(400, seconds=0.1) for _ in range(2)]
     wait_for_images(tmp_path / "out", 40, two[0])
     two[0].send_signal(number)
-    assert "stopped; run the same command again to continue" in end(two[0], status)
+    assert "stopped; run the same command again" in end(two[0], status)
     end(two[1])
     assert files_of(tmp_path / "out") == wanted
 

@@ -3,6 +3,7 @@
 Blocks marked `sh gpu` need a GPU, downloads or a cluster; only their flags are checked.
 """
 
+import importlib
 import json
 import re
 import shlex
@@ -10,7 +11,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, load_module, offline_environment
+from conftest import ROOT, command, offline_environment
 from PIL import Image
 
 from noisecutmix.cli import create_augmentation_parser, create_generation_parser
@@ -19,14 +20,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+(?: \w+)?)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 SCRIPTS = {"augmentation.py": create_augmentation_parser(), "generation.py": create_generation_parser()}
-TOOLS = {name: load_module(ROOT / "ckpts" / name).create_parser() for name in ("finetune.py", "classify.py")}
+TOOLS = {
+    name: importlib.import_module(f"{name}.__main__").create_parser()
+    for name in ("noisecutmix.finetune", "noisecutmix.compare")
+}
 PARSERS = {**SCRIPTS, **TOOLS}
 
 
 def script_commands(kind):
     """Return (script, arguments) of each command in the blocks of a kind that runs one of the scripts."""
     text = "\n".join(block for name, block in BLOCKS if name == kind).replace("\\\n", " ").replace("'", "")
-    commands = re.findall(r"(augmentation\.py|generation\.py|finetune\.py|classify\.py) (.*)", text)
+    commands = re.findall(r"(augmentation\.py|generation\.py|noisecutmix\.finetune|noisecutmix\.compare) (.*)", text)
     return [(script, shlex.split(arguments)) for script, arguments in commands]
 
 

@@ -7,13 +7,14 @@
     uv run --group dev ckpts/digits/train.py --output_dir=outputs/half --only_base_of 01234   # knows five classes
     uv run --group dev ckpts/digits/train.py --write_pictures=outputs/mirrored --digits_a_class=20   # for fine-tuning
 
-The three stages train the autoencoder, then the UNet and its text encoder, then, by ckpts/finetune.py, the rank-10 LoRA
-and one token per class. Everything is seeded: the same versions on the same machine train the same weights.
+The three stages train the autoencoder, then the UNet and its text encoder, then, by noisecutmix.finetune, the rank-10
+LoRA and one token per class. Everything is seeded: the same versions on the same machine train the same weights.
 """
 
 import argparse
 import copy
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 RESOLUTION = 32
 LORA_RANK = 10
-FINETUNE = Path(__file__).resolve().parent.parent / "finetune.py"
+ROOT = Path(__file__).resolve().parent.parent.parent
 EMPTY_PROMPT_SHARE = 0.1
 SHIFTS = (-2, 0, 2)  # pixels of the 32x32 picture
 
@@ -238,7 +239,7 @@ def write_pictures(folder, pictures, labels):
 
 
 def finetune(base, pictures, output_dir, steps, seed):
-    """Run ckpts/finetune.py as a user does."""
+    """Run noisecutmix.finetune as a user does."""
     arguments = {
         "model": base,
         "data_dir": pictures,
@@ -255,7 +256,9 @@ def finetune(base, pictures, output_dir, steps, seed):
         "device": "cpu",
     }
     flags = [f"--{name}={value}" for name, value in arguments.items()]
-    subprocess.run([sys.executable, str(FINETUNE), *flags, "--no_random_flip"], check=True)
+    command = [sys.executable, "-m", "noisecutmix.finetune", *flags, "--no_random_flip"]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
 
 
 def main():

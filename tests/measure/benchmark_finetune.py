@@ -1,6 +1,6 @@
-"""Time ckpts/finetune.py's trainer beside a plain loop in Diff-Mix's order, side by side in one run.
+"""Time noisecutmix.finetune's trainer beside a plain loop in Diff-Mix's order, side by side in one run.
 
-`tests/benchmark.py --finetune` prints it. Each way has a process of its own, and they take turns.
+`tests/measure/benchmark.py --finetune` prints it. Each way has a process of its own, and they take turns.
 
 The plain loop: the VAE in every step, the whole token table trained with moments for each of its rows and the old rows
 copied back, attention without scaled_dot_product_attention. Both see the same pictures and the same noise.
@@ -32,10 +32,11 @@ from random_models import SHAPES, build
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix.classes import load_classes, normalise
+from noisecutmix.finetune.folder import Recipe
+from noisecutmix.finetune.samples import plan_sample
+from noisecutmix.finetune.trainer import LORA_LAYERS, Trainer, create_accelerator
 from noisecutmix.photos import find_photos
-from noisecutmix.pictures import crop_square, open_photo
-from noisecutmix.samples import plan_sample
-from noisecutmix.training import LORA_LAYERS, Trainer, create_accelerator
+from noisecutmix.photos.opening import crop_square, open_photo
 
 NUM_CLASSES, PICTURES_A_CLASS = 10, 2
 WAYS = ("plain", "finetune.py")
@@ -47,7 +48,8 @@ class Setup:
 
     data_dir: Path
     device: str
-    settings: argparse.Namespace
+    model: str
+    recipe: Recipe
 
 
 class PlainLoop:
@@ -55,23 +57,23 @@ class PlainLoop:
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        settings = setup.settings
-        self.dtype = getattr(torch, settings.dtype)
+        recipe = setup.recipe
+        self.dtype = getattr(torch, recipe.dtype)
         self.photos = find_photos(setup.data_dir)
-        pipe = StableDiffusionPipeline.from_pretrained(settings.model, torch_dtype=torch.float32, safety_checker=None)
+        pipe = StableDiffusionPipeline.from_pretrained(setup.model, torch_dtype=torch.float32, safety_checker=None)
         for part in (pipe.vae, pipe.unet, pipe.text_encoder):
             part.requires_grad_(False)
         pipe.vae.to(setup.device, self.dtype)
         pipe.unet.to(setup.device, self.dtype)
-        config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=LORA_LAYERS)
+        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=LORA_LAYERS)
         pipe.unet.add_adapter(config)
         pipe.unet.set_attn_processor(AttnProcessor())
-        rng = torch.Generator().manual_seed(settings.seed)
+        rng = torch.Generator().manual_seed(recipe.seed)
         self.lora = []
         for module in pipe.unet.modules():
             if hasattr(module, "lora_A"):
                 down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
-                down.data = (torch.randn(down.shape, generator=rng) / settings.rank).to(setup.device)
+                down.data = (torch.randn(down.shape, generator=rng) / recipe.rank).to(setup.device)
                 up.data = torch.zeros(up.shape, device=setup.device)
                 self.lora += [down, up]
         tokens = [f"<class_{label}>" for label in range(len(self.photos.class_names))]
@@ -91,22 +93,22 @@ class PlainLoop:
         self.is_old[new_ids] = False
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": self.lora, "lr": settings.learning_rate},
-                {"params": [self.table], "lr": settings.token_learning_rate},
+                {"params": self.lora, "lr": recipe.learning_rate},
+                {"params": [self.table], "lr": recipe.token_learning_rate},
             ]
         )
         self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
         self.pipe = pipe
         factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        self.shape = (pipe.vae.config.latent_channels, *[settings.resolution // factor] * 2)
+        self.shape = (pipe.vae.config.latent_channels, *[recipe.resolution // factor] * 2)
 
     def step(self, step: int) -> float:
-        settings, photos, device = self.setup.settings, self.photos, self.setup.device
-        size = settings.train_batch_size
+        recipe, photos, device = self.setup.recipe, self.photos, self.setup.device
+        size = recipe.effective_batch
         samples = [
-            plan_sample(settings.seed, step * size + i, len(photos.files), 1000, self.shape, False) for i in range(size)
+            plan_sample(recipe.seed, step * size + i, len(photos.files), 1000, self.shape, False) for i in range(size)
         ]
-        images = [crop_square(open_photo(photos.files[sample.picture]), settings.resolution) for sample in samples]
+        images = [crop_square(open_photo(photos.files[sample.picture]), recipe.resolution) for sample in samples]
         pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
         with torch.no_grad():
             posterior = self.pipe.vae.encode(pixels.to(device, self.dtype)).latent_dist
@@ -117,7 +119,7 @@ class PlainLoop:
         noise = torch.stack([sample.noise for sample in samples]).to(device)
         timesteps = torch.tensor([sample.timestep for sample in samples], device=device)
         noisy = self.schedule.add_noise(latents, noise, timesteps).to(self.dtype)
-        captions = [f"a photo of a <class_{photos.labels[sample.picture]}> {settings.meta_class}" for sample in samples]
+        captions = [f"a photo of a <class_{photos.labels[sample.picture]}> {recipe.meta_class}" for sample in samples]
         ids = self.pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         with torch.autocast(torch.device(device).type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = self.pipe.text_encoder(ids.to(device))[0].to(self.dtype)
@@ -133,11 +135,13 @@ class PlainLoop:
 
 
 class OurLoop:
-    """Trains as ckpts/finetune.py does."""
+    """Trains as noisecutmix.finetune does."""
 
     def __init__(self, setup: Setup):
-        accelerator = create_accelerator(setup.device, setup.settings.dtype)
-        self.trainer = Trainer(setup.settings, find_photos(setup.data_dir), accelerator)
+        recipe, photos = setup.recipe, find_photos(setup.data_dir)
+        machine = {"batch_size": recipe.effective_batch, "accumulated": 1, "checkpoints_gradients": False}
+        accelerator = create_accelerator(setup.device, recipe.dtype)
+        self.trainer = Trainer(recipe, photos, accelerator, model=setup.model, **machine)
         start = time.perf_counter()
         self.trainer.latents.encode(setup.data_dir.with_suffix(".bin"), "")
         self.seconds_encoding = time.perf_counter() - start
@@ -208,24 +212,25 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
         build(folder, SHAPES[options.arch])
         model, resolution = str(folder / "base"), SHAPES[options.arch].resolution
     resolution = options.resolution or resolution
-    settings = argparse.Namespace(
-        model=model,
+    recipe = Recipe(
         meta_class="thing",
         resolution=resolution,
-        random_crop=False,
         random_flip=False,
+        random_crop=False,
         rank=10,
-        max_train_steps=1000,
-        train_batch_size=options.batch_size,
-        gradient_accumulation_steps=1,
         learning_rate=5e-5,
         token_learning_rate=5e-5,
         lr_scheduler="constant",
-        gradient_checkpointing=False,
         dtype=options.dtype or ("float16" if options.device == "cuda" else "float32"),
         seed=0,
+        examples_per_class=None,
+        effective_batch=options.batch_size,
+        class_names=[],
+        num_pictures=0,
+        pictures="",
+        model="",
     )
-    return Setup(write_pictures(folder / "pictures", resolution), options.device, settings)
+    return Setup(write_pictures(folder / "pictures", resolution), options.device, model, recipe)
 
 
 def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -250,10 +255,10 @@ def measure_finetune(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         setup = prepare(options, Path(folder))
         results = measure(setup, options.steps, options.repeats)
-    settings = setup.settings
+    recipe = setup.recipe
     print(
-        f"{options.arch} on {setup.device}, {settings.dtype}: batch {settings.train_batch_size} of "
-        f"{settings.resolution}x{settings.resolution}, {options.repeats} times {options.steps} steps; "
+        f"{options.arch} on {setup.device}, {recipe.dtype}: batch {recipe.effective_batch} of "
+        f"{recipe.resolution}x{recipe.resolution}, {options.repeats} times {options.steps} steps; "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
     )
     print("\n".join(table(results)))

@@ -1,4 +1,4 @@
-"""ckpts/classify.py compares classifiers honestly, whatever stops it and however many processes share the work.
+"""noisecutmix.compare compares classifiers honestly, whatever stops it and however many processes share the work.
 
 The pictures are coloured noise, so that a tiny model of timm learns the classes within seconds.
 """
@@ -12,10 +12,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import LONGEST_WAIT, as_command_line, command, write_photos
+from conftest import MAX_WAIT, as_command_line, command, write_photos
 from PIL import Image
 
-from noisecutmix.comparison import summarize
+from noisecutmix.compare.report import summarize
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.folder import OutputFolder
 from noisecutmix.photos import find_photos, split_photos
@@ -77,7 +77,7 @@ def folder(pictures, tmp_path):
 
 def classify(folder, *arguments):
     """Run the script in this process, and return its results."""
-    with as_command_line("ckpts/classify.py", *QUICK, *arguments, folder=folder) as main:
+    with as_command_line("noisecutmix.compare", *QUICK, *arguments, folder=folder) as main:
         main()
     output_dir = next(flag for flag in reversed((*QUICK, *arguments)) if flag.startswith("--output_dir"))
     return json.loads((folder / output_dir.partition("=")[2] / "results.json").read_text())
@@ -155,7 +155,7 @@ def test_rows_of_a_seed_differ_in_the_augmented_pictures_alone(folder):
 
 
 def wait_for_results(folder, number, process):
-    end = time.monotonic() + LONGEST_WAIT
+    end = time.monotonic() + MAX_WAIT
     while len(list((folder / "out").glob("results/[!.]*"))) < number:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -165,15 +165,15 @@ def wait_for_results(folder, number, process):
 @pytest.mark.slow
 def test_processes_continue_a_killed_comparison_and_share_it(folder, start):
     arguments = ["--augmented=ours=aug", "--epochs=16"]
-    with as_command_line("ckpts/classify.py", *QUICK, *arguments, "--output_dir=whole", folder=folder) as main:
+    with as_command_line("noisecutmix.compare", *QUICK, *arguments, "--output_dir=whole", folder=folder) as main:
         main()
-    killed = start(command("ckpts/classify.py", *QUICK, *arguments))
+    killed = start(command("noisecutmix.compare", *QUICK, *arguments))
     wait_for_results(folder, 2, killed)
     killed.kill()
     killed.communicate()
     there = len(list((folder / "out").glob("results/[!.]*")))
-    two = [start(command("ckpts/classify.py", *QUICK, *arguments, *more)) for more in ([], ["--num_workers=1"])]
-    outputs = [process.communicate(timeout=LONGEST_WAIT) for process in two]
+    two = [start(command("noisecutmix.compare", *QUICK, *arguments, *more)) for more in ([], ["--num_workers=1"])]
+    outputs = [process.communicate(timeout=MAX_WAIT) for process in two]
     assert [process.returncode for process in two] == [0, 0], outputs
     trained = [len(re.findall("% test accuracy", errors)) for _, errors in outputs]
     assert sum(trained) <= 12 - there + 1 and min(trained) >= 2, trained
@@ -265,17 +265,17 @@ def test_classes_of_an_augmented_set_are_found_by_name(folder):
     assert table[0] == "file,label,class" and table[1] == "blue jay/0.png,0,blue jay" and len(table) == 31
     labels = [int(line.split(",")[1]) for line in table[1:]]
     assert (one.argmax(1) == labels).mean() > 0.6
-    np.testing.assert_array_equal(*(np.load(folder / "out" / f"scores_{name}.npy") for name in "ab"))
+    np.testing.assert_array_equal(*(np.load(folder / "out" / f"losses_{name}.npy") for name in "ab"))
 
 
 def test_the_pictures_that_are_doubted_most_are_shown_and_left_out(folder):
     wrong = (3, 11)
     write_augmented(folder / "half_wrong", wrong=wrong)
     rows = classify(folder, "--augmented=ours=half_wrong", "--keep=0.9", "--seeds=1")["rows"]
-    scores = np.load(folder / "out" / "scores_ours.npy")
+    scores = np.load(folder / "out" / "losses_ours.npy")
     assert scores.shape == (20,) and set(np.argsort(-scores)[:2]) == set(wrong)
     assert rows["ours"]["augmented_pictures"] == 18
-    assert Image.open(folder / "out" / "doubtful_ours.png").width == 4 * (256 + 12) + 12
+    assert Image.open(folder / "out" / "highest_loss_ours.png").width == 4 * (256 + 12) + 12
 
 
 def test_a_classifier_that_saw_too_little_judges_nothing(folder):
@@ -373,7 +373,7 @@ def test_bad_input_is_refused_before_anything_is_written(folder, arguments, mess
 @pytest.mark.slow
 def test_weights_that_cannot_be_downloaded_are_one_line(folder, run_script):
     flags = [flag for flag in QUICK if flag != "--no_pretrained"]
-    done = run_script("ckpts/classify.py", *flags, environment={"HF_HOME": str(folder / "empty")})
+    done = run_script("noisecutmix.compare", *flags, environment={"HF_HOME": str(folder / "empty")})
     assert done.returncode == 2
     assert re.fullmatch(
         r"classify\.py: error: --model: test_byobnet cannot be created: .*give --no_pretrained.*\n", done.stderr
@@ -397,14 +397,14 @@ def test_a_part_of_each_class_is_kept_for_the_test(tmp_path):
 def test_a_split_off_test_says_that_the_generator_may_have_seen_it(folder):
     arguments = [flag for flag in QUICK if "test_dir" not in flag]
     with as_command_line(
-        "ckpts/classify.py", *arguments, "--augmented=ours=aug", "--seeds=1", "--epochs=2", folder=folder
+        "noisecutmix.compare", *arguments, "--augmented=ours=aug", "--seeds=1", "--epochs=2", folder=folder
     ) as main:
         main()
     assert "fine-tuned on all of it has seen them" in (folder / "out" / "results.md").read_text(encoding="utf-8")
 
 
 def test_the_number_of_pictures_that_the_generator_saw_is_read_from_its_checkpoint(folder, tiny_checkpoint):
-    from noisecutmix.record import fingerprint_checkpoint
+    from noisecutmix.sources import fingerprint_checkpoint
 
     shutil.copytree(tiny_checkpoint, folder / "tuned")
     (folder / "tuned" / "finetune.json").write_text(json.dumps({"options": {"num_pictures": 12, "seed": 0}}))
@@ -420,7 +420,7 @@ def test_the_number_of_pictures_that_the_generator_saw_is_read_from_its_checkpoi
     arguments += [flag for flag in QUICK if not flag.startswith("--test_dir")]
     for seed in (0, 1):
         output = f"--output_dir=seed{seed}"
-        with as_command_line("ckpts/classify.py", *arguments, f"--seed={seed}", output, folder=folder) as main:
+        with as_command_line("noisecutmix.compare", *arguments, f"--seed={seed}", output, folder=folder) as main:
             main()
         text = (folder / f"seed{seed}" / "results.md").read_text(encoding="utf-8")
         assert ("has seen them" in text) == (seed == 1)
@@ -441,7 +441,7 @@ def test_a_share_of_the_batches_is_mixed(folder):
 
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
 def test_mixed_labels_have_the_shares_of_the_pictures(mix):
-    from noisecutmix.classifier import mix_batch
+    from noisecutmix.compare.classifier import mix_batch
 
     classes = torch.arange(6)
     pictures = torch.nn.functional.one_hot(classes, 6).float()[:, :, None, None].expand(6, 6, 16, 16)
@@ -453,7 +453,7 @@ def test_mixed_labels_have_the_shares_of_the_pictures(mix):
 
 def test_a_small_set_is_decoded_once(tmp_path):
     """The pictures of the second epoch are those of the first, although the files are gone."""
-    from noisecutmix.classifier import RealPictures
+    from noisecutmix.compare.items import RealPictures
 
     photos = find_photos(write_photos(tmp_path / "photos", NAMES, count=2))
     pictures = RealPictures(photos, np.asarray, epochs=2)

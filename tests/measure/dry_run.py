@@ -1,18 +1,17 @@
 """What drawing and fine-tuning cost a GPU, computed without one: operations, memory, and bounds that follow from them.
 
-`tests/benchmark.py --arch sd15 --device cuda --dry_run` prints it, for fine-tuning with `--finetune`. Nothing in it is
-measured.
+`tests/measure/benchmark.py --arch sd15 --device cuda --dry_run` prints it, for fine-tuning with `--finetune`. Nothing
+in it is measured.
 """
 
-import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from fake_card import FakeCard, build_generator, build_pipeline, can_fake_cuda
-from fake_training import SETTINGS, build_trainer, cuda_autocast
+from fake_training import RECIPE, build_trainer, cuda_autocast
 from random_models import Shape
 
 GIGABYTE = 10**9
@@ -113,22 +112,14 @@ def compute_drawing(
 def compute_training(
     shape: Shape, dtype: str, resolution: int, batch_sizes: Sequence[int] = TRAIN_BATCH_SIZES
 ) -> list[TrainingUsage]:
-    """Train a step of each batch size on a fake card, as ckpts/finetune.py does, with and without checkpointing."""
+    """Train a step of each batch size on a fake card, as noisecutmix.finetune does, with and without checkpointing."""
     usages = []
     for gradient_checkpointing in (False, True):
         for batch_size in batch_sizes:
-            settings = argparse.Namespace(
-                **{
-                    **vars(SETTINGS),
-                    "resolution": resolution,
-                    "train_batch_size": batch_size,
-                    "gradient_checkpointing": gradient_checkpointing,
-                    "dtype": dtype,
-                }
-            )
+            recipe = replace(RECIPE, resolution=resolution, effective_batch=batch_size, dtype=dtype)
             # on a "meta" device: for a backward pass on CUDA, PyTorch needs a driver
             with tempfile.TemporaryDirectory() as folder, FakeCard("meta") as card:
-                trainer = build_trainer(card, shape, Path(folder), settings)
+                trainer = build_trainer(card, shape, Path(folder), recipe, gradient_checkpointing)
                 trainer.latents.encode(Path(folder) / "latents.bin", "")
                 most_while_encoding = max(card.peaks.values())
                 with cuda_autocast(getattr(torch, dtype)):

@@ -1,11 +1,11 @@
-"""Does it help? The comparison of ckpts/classify.py on handwritten digits, on a laptop.
+"""Does it help? The comparison of noisecutmix.compare on handwritten digits, on a laptop.
 
-    uv run --group dev --extra classify tests/accuracy.py --work_dir=outputs/accuracy
-    uv run --group dev --extra classify tests/accuracy.py --work_dir=outputs/try --seeds=1 --num_aug=16 \
+    uv run --group dev --extra classify tests/measure/accuracy.py --work_dir=outputs/accuracy
+    uv run --group dev --extra classify tests/measure/accuracy.py --work_dir=outputs/try --seeds=1 --num_aug=16 \
         --classifier_steps=20 --generator_steps=30
 
-ckpts/digits/train.py and ckpts/finetune.py train the generators, augmentation.py draws their pictures, and
-ckpts/classify.py trains the classifiers: all are run as a user runs them. Then it measures how natural the seams are
+ckpts/digits/train.py and noisecutmix.finetune train the generators, augmentation.py draws their pictures, and
+noisecutmix.compare trains the classifiers: all are run as a user runs them. Then it measures how natural the seams are
 and how well the labels fit. The same command continues after a stop, and two processes of it share the work (set
 OMP_NUM_THREADS=1 for each of them).
 """
@@ -32,13 +32,14 @@ from safetensors.torch import load_file, safe_open
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix import AugmentedDataset, NoiseCutMixGenerator, cli, script
-from noisecutmix.comparison import explain_verdict, summarize
+from noisecutmix.compare.report import explain_verdict, summarize
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.files import atomic_file, create_file
-from noisecutmix.plan import Box, Item, create_plan, draw_mask
+from noisecutmix.plan import Box, Item, Plan, draw_mask
 from noisecutmix.preview import AUG_COLOR, TARGET_COLOR
+from noisecutmix.ranges import RANGES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "ckpts" / "digits"))
 import train as digits  # noqa: E402 (the script of the demo lies in no package)
 
@@ -60,7 +61,7 @@ FINETUNING_STEPS = 1000
 BUNDLED = "bundled"
 # the digits that a base model knows, and those for which it is fine-tuned
 HALVES = {"half_0": ("01234", "five to nine"), "half_1": ("56789", "zero to four")}
-MOST_SEAMS = 64
+MAX_SEAMS = 64
 BINS = 10
 
 
@@ -68,10 +69,11 @@ BINS = 10
 
 
 def run_script(script_file: str, *arguments: str, **environment: str) -> None:
-    """Run a script of the repository. Raises RunError if it fails."""
+    """Run a script of the repository, or a module of the package. Raises RunError if it fails."""
     print(f"{script_file} {' '.join(arguments)}", flush=True)
-    command = [sys.executable, str(ROOT / script_file), *arguments]
-    if subprocess.run(command, check=False, env={**os.environ, **environment}).returncode:
+    start = [str(ROOT / script_file)] if script_file.endswith(".py") else ["-m", script_file]
+    command = [sys.executable, *start, *arguments]
+    if subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}).returncode:
         raise RunError(f"{script_file} failed, see above; the same command continues")
 
 
@@ -137,7 +139,7 @@ class Experiment:
             pictures, labels, checkpoint = self.images[chosen], self.labels[chosen], place / "checkpoint"
             shifted = write_digits(place / "shifted", *digits.shift_all(pictures, labels))
             if not (checkpoint / "preview.png").exists():  # written last
-                run_script("ckpts/finetune.py", f"--data_dir={shifted}", f"--output_dir={checkpoint}", *finetuning)
+                run_script("noisecutmix.finetune", f"--data_dir={shifted}", f"--output_dir={checkpoint}", *finetuning)
             self.draw_sets(place, f"--data_name={checkpoint}")
             self.classify(place, pictures, labels, place / "answer", ROWS, self.options.seeds)
 
@@ -171,7 +173,7 @@ class Experiment:
         baseline = BASELINE if BASELINE in rows else rows[0]
         epochs = -(-self.options.classifier_steps * BATCH_SIZE // len(pictures))
         run_script(
-            "ckpts/classify.py",
+            "noisecutmix.compare",
             *(f"--train_dir={train_dir}", f"--test_dir={test_dir}", f"--output_dir={output_dir}", *CLASSIFIER, *more),
             *(f"--augmented={name}={folder / name}" for name in SETS),
             *("--rows", *rows, f"--baseline={baseline}", f"--seeds={seeds}", f"--epochs={epochs}"),
@@ -240,8 +242,8 @@ def measure_seams(pictures: Sequence[np.ndarray], boxes: Sequence[Box]) -> float
 def compare_seams(experiment: Experiment, items: Sequence[Item]) -> dict[str, float]:
     """Measure the seams of NoiseCutMix, of the same items' single pictures pasted, and of real digits there."""
     read = {name: AugmentedDataset(experiment.work_dir / BUNDLED / name, to_pixels) for name in SETS}
-    items = [item for item in items[:MOST_SEAMS] if 0 < item.ratio < 1]
-    plan = replace(create_plan(cli.parse_augmentation(["--data_name=digits"])), single_class=True)
+    items = [item for item in items[:MAX_SEAMS] if 0 < item.ratio < 1]
+    plan = replace(default_plan(), single_class=True)
     generator = NoiseCutMixGenerator("cpu", "digits", plan=plan)
     augs = generator.draw([replace(item, target=item.aug, aug=item.target) for item in items])
     boxes, rng = [item.box for item in items], np.random.default_rng(0)
@@ -255,6 +257,12 @@ def compare_seams(experiment: Experiment, items: Sequence[Item]) -> dict[str, fl
         name: measure_seams(pictures, boxes)
         for name, pictures in (("NoiseCutMix", mixed), ("pasted", pasted), ("real digits", real))
     }
+
+
+def default_plan() -> Plan:
+    """Return the plan of augmentation.py --data_name=digits."""
+    options = cli.parse_augmentation(["--data_name=digits"])
+    return Plan(num_classes=len(options.classes.names), **cli.plan_arguments(options))
 
 
 def measure_label_fit(probabilities: np.ndarray, items: Sequence[Item]) -> list[dict[str, float]]:
@@ -310,7 +318,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
     """Return all results, as JSON values."""
     comparisons, bundled = experiment.comparisons(), experiment.work_dir / BUNDLED
     judge = Judge(bundled / "all" / "weights" / "none.safetensors")
-    plan = create_plan(cli.parse_augmentation(["--data_name=digits"]))
+    plan = default_plan()
     items = list(plan.items(experiment.options.num_aug))
     generators = [*dict.fromkeys(answer.parent for answers in comparisons.values() for answer in answers), bundled]
     return {
@@ -326,7 +334,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, count = parser.add_argument, cli.positive_int
+    add, count = parser.add_argument, cli.as_number(RANGES["num_aug"])
     add("--work_dir", type=Path, default=Path("outputs/accuracy"), metavar="DIR", help="folder to write into")
     parts = "halves of the digits to measure"
     add("--parts", nargs="*", choices=HALVES, default=list(HALVES), metavar="PART", help=parts)

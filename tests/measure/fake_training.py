@@ -1,6 +1,5 @@
-"""A training step of ckpts/finetune.py on a card that is not there: see fake_card.py."""
+"""A training step of noisecutmix.finetune on a card that is not there: see fake_card.py."""
 
-import argparse
 import contextlib
 import functools
 from collections.abc import Iterator
@@ -15,25 +14,27 @@ from PIL import Image
 from random_models import Shape, build_components, class_names
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from noisecutmix.finetune.folder import Recipe
+from noisecutmix.finetune.trainer import Trainer
 from noisecutmix.photos import Photos
-from noisecutmix.training import Trainer
 
-SETTINGS = argparse.Namespace(
-    model="random/weights",
+RECIPE = Recipe(
     meta_class="thing",
     resolution=32,
-    random_crop=False,
     random_flip=True,
+    random_crop=False,
     rank=10,
-    max_train_steps=2,
-    train_batch_size=4,
-    gradient_accumulation_steps=1,
     learning_rate=5e-5,
     token_learning_rate=5e-5,
     lr_scheduler="constant",
-    gradient_checkpointing=False,
     dtype="float32",
     seed=0,
+    examples_per_class=None,
+    effective_batch=4,
+    class_names=[],
+    num_pictures=4,
+    pictures="",
+    model="",
 )
 # of the operators that the models run, those that autocast runs in half precision on CUDA, and in float32
 # (PyTorch's documentation of torch.amp, "CUDA Op-Specific Behavior")
@@ -94,15 +95,23 @@ class OneCard:
         return tensor
 
 
-def build_trainer(card: FakeCard, shape: Shape, folder: Path, settings: argparse.Namespace) -> Trainer:
+def build_trainer(card: FakeCard, shape: Shape, folder: Path, recipe: Recipe, gradient_checkpointing: bool) -> Trainer:
     """Return a trainer on the card, which is active; weights have no values. Each batch is of one grey picture."""
     picture = folder / "picture.png"
-    Image.new("RGB", (settings.resolution, settings.resolution), "grey").save(picture)
-    names, count = class_names(shape.num_classes), settings.train_batch_size
+    Image.new("RGB", (recipe.resolution, recipe.resolution), "grey").save(picture)
+    names, count = class_names(shape.num_classes), recipe.effective_batch
     labels = tuple(number % len(names) for number in range(count))
     photos = Photos(folder, tuple(names), (picture,) * count, labels, notes=())
-    with mock.patch("noisecutmix.training.load_base_model", lambda *_, **__: _build_base(card, shape, folder)):
-        return Trainer(settings, photos, OneCard(card))
+    with mock.patch("noisecutmix.finetune.trainer.load_base_model", lambda *_, **__: _build_base(card, shape, folder)):
+        return Trainer(
+            recipe,
+            photos,
+            OneCard(card),
+            model="random/weights",
+            batch_size=recipe.effective_batch,
+            accumulated=1,
+            checkpoints_gradients=gradient_checkpointing,
+        )
 
 
 def _build_base(card: FakeCard, shape: Shape, folder: Path) -> StableDiffusionPipeline:

@@ -4,7 +4,6 @@ A sample is one use of a picture in training. It is a pure function of the seed 
 holds no random state, and the same effective batch trains the same weights (to rounding) on any number of processes.
 """
 
-import argparse
 import functools
 import math
 import os
@@ -21,13 +20,12 @@ from diffusers import AutoencoderKL
 from PIL import ImageOps
 from tqdm import tqdm
 
-from . import script
-from .errors import InputError, RunError
-from .photos import Photos
-from .pictures import crop_square, open_photo
-from .plan import seed_sequence
+from .. import script
+from ..errors import InputError, RunError
+from ..photos import Photos, crop_square, open_photo
+from ..plan import seed_sequence
 
-PIXELS_AT_ONCE = 2**20  # in one call of the VAE, four pictures of 512x512: more need more memory and are not faster
+ENCODED_PIXELS = 2**20  # in one call of the VAE, four pictures of 512x512: more need more memory and are not faster
 CHECKSUM_BYTES = 4
 
 View = tuple[int, bool, float]  # index of the picture, whether it is mirrored, position of the crop
@@ -76,22 +74,32 @@ class PictureLatents:
     Args:
         vae: the frozen VAE, on its device and in its dtype.
         photos: the pictures.
-        settings: `resolution`; `random_flip`, whether mirror images are encoded, too; and `random_crop`, whether each
-            sample has its own crop, which is encoded when the sample is used.
         accelerator: the processes, which share the encoding, and the device.
+        resolution: the side of the training pictures in pixels.
+        random_flip: whether mirror images are encoded, too.
+        random_crop: whether each sample has its own crop, which is encoded when the sample is used.
 
     Attributes:
         shape: shape of the latents of one picture, (channels, height, width).
     """
 
-    def __init__(self, vae: AutoencoderKL, photos: Photos, settings: argparse.Namespace, accelerator: Accelerator):
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        photos: Photos,
+        accelerator: Accelerator,
+        *,
+        resolution: int,
+        random_flip: bool,
+        random_crop: bool,
+    ):
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.shape = (vae.config.latent_channels, settings.resolution // factor, settings.resolution // factor)
+        self.shape = (vae.config.latent_channels, resolution // factor, resolution // factor)
         self._vae = vae
         self._photos = photos
-        self._resolution = settings.resolution
-        self._flips = (False, True) if settings.random_flip else (False,)
-        self._random_crop = settings.random_crop
+        self._resolution = resolution
+        self._flips = (False, True) if random_flip else (False,)
+        self._random_crop = random_crop
         self._accelerator = accelerator
         self._pool = ThreadPoolExecutor()
         self._reading: dict[View, Future[torch.Tensor]] = {}
@@ -147,7 +155,7 @@ class PictureLatents:
     def _encode_own_share(self, file: Path, row_bytes: int, made_for: str) -> None:
         """Encode every n-th block of pictures, for n processes, if the checksum of one of its pictures is wrong."""
         num_pictures, record_bytes = len(self._photos.files), row_bytes + CHECKSUM_BYTES
-        per_block = max(1, PIXELS_AT_ONCE // self._resolution**2 // len(self._flips))
+        per_block = max(1, ENCODED_PIXELS // self._resolution**2 // len(self._flips))
         blocks = [range(num_pictures)[start : start + per_block] for start in range(0, num_pictures, per_block)]
         own = blocks[self._accelerator.process_index :: self._accelerator.num_processes]
         count, is_main = sum(map(len, own)), self._accelerator.is_main_process
@@ -175,14 +183,14 @@ class PictureLatents:
     def _encode(self, views: Sequence[View], pictures: list[torch.Tensor]) -> torch.Tensor:
         """Return mean and standard deviation (B, 2, channels, height, width) of pictures, which `_read` returned."""
         parts = []
-        for pixels in torch.split(torch.stack(pictures), max(1, PIXELS_AT_ONCE // self._resolution**2)):
+        for pixels in torch.split(torch.stack(pictures), max(1, ENCODED_PIXELS // self._resolution**2)):
             posterior = self._vae.encode(pixels.to(self._accelerator.device, self._vae.dtype)).latent_dist
             parts.append(torch.stack([posterior.mean, posterior.std], dim=1))
         encoded = torch.cat(parts)
         is_finite = encoded.flatten(1).isfinite().all(1).tolist()
         if not all(is_finite):
             file = self._photos.files[views[is_finite.index(False)][0]]
-            raise RunError(f"{file}: its encoding is not finite; use another `output_dir` and `dtype=bfloat16`")
+            raise RunError(f"{file}: its encoding is not finite; use another output_dir and dtype=bfloat16")
         return encoded
 
     def _read(self, view: View) -> torch.Tensor:

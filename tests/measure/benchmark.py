@@ -2,27 +2,29 @@
 
 Run by hand; it downloads nothing. The claims on two CPU cores, then a GPU's table:
 
-    uv run --group dev tests/benchmark.py --arch sd15 --device cpu --part startup
-    uv run --group dev tests/benchmark.py --arch digits --device cpu --part throughput
-    uv run --group dev tests/benchmark.py --arch digits --device cpu --part writer
-    uv run --group dev tests/benchmark.py --arch sd15 --device cpu --dtype bfloat16 --resolution 256 --steps 2 \
+    uv run --group dev tests/measure/benchmark.py --arch sd15 --device cpu --part startup
+    uv run --group dev tests/measure/benchmark.py --arch digits --device cpu --part throughput
+    uv run --group dev tests/measure/benchmark.py --arch digits --device cpu --part writer
+    uv run --group dev tests/measure/benchmark.py --arch sd15 --device cpu --dtype bfloat16 --resolution 256 --steps 2 \
 --batch_size 1 --num_images 2 --part throughput memory
-    uv run --group dev tests/benchmark.py --arch sd15 --device cuda --batch_size 16 --compile --part throughput memory
+    uv run --group dev tests/measure/benchmark.py --arch sd15 --device cuda --batch_size 16 --compile \
+--part throughput memory
 
 and what a GPU's costs are bound to be, computed without one:
 
-    uv run --group dev tests/benchmark.py --arch sd15 --device cuda --dry_run
+    uv run --group dev tests/measure/benchmark.py --arch sd15 --device cuda --dry_run
 
-ckpts/finetune.py's trainer beside a plain loop (see benchmark_finetune.py), and what it costs a GPU:
+noisecutmix.finetune's trainer beside a plain loop (see benchmark_finetune.py), and what it costs a GPU:
 
-    uv run --group dev tests/benchmark.py --finetune --arch digits --device cpu --batch_size 32
-    uv run --group dev tests/benchmark.py --finetune --arch sd15 --device cpu --resolution 256 --batch_size 1 --steps 2
-    uv run --group dev tests/benchmark.py --finetune --arch sd15 --device cuda --dry_run
+    uv run --group dev tests/measure/benchmark.py --finetune --arch digits --device cpu --batch_size 32
+    uv run --group dev tests/measure/benchmark.py --finetune --arch sd15 --device cpu --resolution 256 --batch_size 1 \
+--steps 2
+    uv run --group dev tests/measure/benchmark.py --finetune --arch sd15 --device cuda --dry_run
 
 and what a data set costs by its size, and how well processes share one:
 
-    uv run --group dev tests/benchmark.py --scale
-    uv run --group dev tests/benchmark.py --processes
+    uv run --group dev tests/measure/benchmark.py --scale
+    uv run --group dev tests/measure/benchmark.py --processes
 
 The plain way: a resize per token, LoRA adapters left unfused, contiguous memory, prompts encoded again each batch,
 float pictures on the CPU, PNG at level 6 between the batches; never compiled. Both ways draw the same items.
@@ -64,10 +66,10 @@ from transformers.utils import logging as transformers_logging
 
 from noisecutmix import NoiseCutMixGenerator, NoiseCutMixPipeline, load_pipeline
 from noisecutmix.classes import DEFAULT_PROMPT, EMBEDDINGS_FILE, LORA_FILE, load_classes
-from noisecutmix.cli import positive_int
-from noisecutmix.folder import OutputFolder
+from noisecutmix.cli import as_number
+from noisecutmix.folder import OutputFolder, item_file_name
 from noisecutmix.plan import Item, Plan
-from noisecutmix.record import item_file_name
+from noisecutmix.ranges import Range
 
 PARTS = ("startup", "throughput", "writer", "memory")
 LOCAL_PATHS = ("data_name", "model", "ckpt_path")
@@ -456,6 +458,9 @@ def summary(values: list[float]) -> str:
     return median if len(values) == 1 else f"{median} ({min(values):.4g} to {max(values):.4g})"
 
 
+positive_int = as_number(Range(int, 1))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the scripts' way of drawing beside a plain one.")
     parser.add_argument("--arch", choices=("digits", "tiny", "sd15"), default="digits", help="default: digits")
@@ -469,7 +474,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="default: 5; fewer only to try")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure, default: all")
     parser.add_argument("--dry_run", action="store_true", help="compute a GPU's costs without one; measures nothing")
-    parser.add_argument("--finetune", action="store_true", help="measure ckpts/finetune.py's trainer instead")
+    parser.add_argument("--finetune", action="store_true", help="measure noisecutmix.finetune's trainer instead")
     parser.add_argument("--processes", action="store_true", help="how well eight processes share a data set")
     parser.add_argument("--scale", action="store_true", help="what a data set costs by its size, up to a million items")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there too")

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from noisecutmix.classes import EMBEDDINGS_FILE, LORA_FILE
 
-DIGITS = Path(__file__).resolve().parent.parent / "ckpts" / "digits"
+DIGITS = Path(__file__).resolve().parent.parent.parent / "ckpts" / "digits"
 LORA_RANK = 10
 
 

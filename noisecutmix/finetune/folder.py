@@ -1,21 +1,52 @@
-"""The folder of a checkpoint: its record, the training states, the checkpoint. Imports torch only for states."""
+"""The folder of a checkpoint: the recipe, the training states, the checkpoint. Imports torch only for states."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .classes import CLASSES_FILE, EMBEDDINGS_FILE, FINETUNE_FILE, LORA_FILE
-from .errors import InputError
-from .files import atomic_file, create_file
-from .record import PREVIEW_FILE, check_same, read_record
-from .script import say
+from ..classes import CLASSES_FILE, EMBEDDINGS_FILE, FINETUNE_FILE, LORA_FILE
+from ..errors import InputError
+from ..files import atomic_file, check_same, create_file, read_record
+from ..folder import PREVIEW_FILE
+from ..photos import Photos
+from ..script import say
 
 LATENTS_FILE = "latents.bin"
 CHECKPOINT = (LORA_FILE, EMBEDDINGS_FILE, CLASSES_FILE)
 STATE = re.compile(r"state_(\d+)\.pt")
 STATES_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the trained weights depend on, whatever the machine. The folder of a checkpoint records it whole.
+
+    `examples_per_class` is None for all pictures; `effective_batch` is the number of pictures in a step; `pictures` and
+    `model` are fingerprints of the files; `max_train_steps` is None with a constant schedule, which does not depend on
+    it. The others are flags of the same names.
+    """
+
+    meta_class: str
+    resolution: int
+    random_flip: bool
+    random_crop: bool
+    rank: int
+    learning_rate: float
+    token_learning_rate: float
+    lr_scheduler: str
+    dtype: str
+    seed: int
+    examples_per_class: int | None
+    effective_batch: int
+    class_names: list[str]
+    num_pictures: int
+    pictures: str
+    model: str
+    max_train_steps: int | None = None
 
 
 class TrainingFolder:
@@ -54,8 +85,8 @@ class TrainingFolder:
         steps = max([self.checkpoint_steps, *(step for step, _ in self._states())])
         if steps > max_train_steps:
             raise InputError(
-                f"`max_train_steps`: {self.root} has {steps} steps already; "
-                "ask for at least as many, or choose another folder"
+                f"{self.root} has {steps} steps already; ask for at least as many, or choose another folder",
+                "max_train_steps",
             )
 
     def begin(self, record: dict[str, Any]) -> None:
@@ -136,12 +167,21 @@ class TrainingFolder:
         record = read_record(self._record_file, "output_dir", options=dict, steps=int, losses=list, listing=str)
         for file in (self.root / name for name in CHECKPOINT):
             if record is None and file.exists():
-                raise InputError(f"`output_dir`: {file} is not from this program; choose another folder")
+                raise InputError(f"{file} is not from this program; choose another folder", "output_dir")
         return record or {}
 
 
+def describe_listing(photos: Photos) -> str:
+    """Return a hash of the pictures' names, sizes and times of change: if it is the same, so are the pictures."""
+    digest = hashlib.sha256()
+    for file in photos.files:
+        status = file.stat()
+        name = file.relative_to(photos.root).as_posix()
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 def _encode(content: dict[str, Any]) -> bytes:
-    """Return JSON with indentation, but all losses on one line."""
-    losses = json.dumps(content.get("losses"))
-    text = json.dumps({**content, "losses": None} if "losses" in content else content, indent=2, ensure_ascii=False)
-    return text.replace('"losses": null', f'"losses": {losses}').encode()
+    """Return JSON with one value a line, so all losses on one."""
+    lines = (f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items())
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()

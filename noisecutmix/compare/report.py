@@ -1,15 +1,19 @@
-"""The results of ckpts/classify.py: differences between rows and their errors, as a table and as a plot."""
+"""The report of a comparison: differences between rows and their errors, as a table, a plot and a file of values."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .. import launch
+from ..files import atomic_file
+from .comparison import MIN_ACCURACY, REFERENCE, Comparison, describe_weak_reference, read_row
 
 MIN_SEEDS = 3  # from which an error can be told
 SIGNIFICANCE = 0.05  # of the whole table: largest probability that it calls any of two equal rows better
@@ -107,6 +111,78 @@ def explain_verdict(num_compared: int, seeds: int) -> str:
     )
 
 
+def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_on_share: bool) -> None:
+    """Write results.json, results.md and accuracy.png, the same whoever does it; print the table.
+
+    Args:
+        comparison: with the predictions of all jobs.
+        baseline: the row with which the others are compared.
+        num_leaked: the number of pictures that are for training and for the test, too.
+        tests_on_share: whether the test pictures are a share of those in --train_dir.
+    """
+    recipe, sets, num_train = comparison.recipe, comparison.sets, len(comparison.train.files)
+
+    # Differences and their errors
+    is_right = {
+        row: np.stack([comparison.read_right((row, seed)) for seed in range(comparison.seeds)])
+        for row in comparison.rows
+    }
+    summary = summarize(is_right, np.array(comparison.test.labels), baseline)
+
+    # How many pictures classifier and generator have seen
+    seen: dict[str, Sequence[str]] = {"": ("real pictures seen by the classifier", "by the generator", "augmented")}
+    for row, entry in summary.items():
+        _, name = read_row(row)
+        entry["real_pictures"] = num_train
+        num_seen, _ = (sets[name].seen or (None, 0)) if name else (0, 0)
+        entry["real_pictures_of_generator"] = num_seen
+        entry["augmented_pictures"] = len(comparison.find_kept(name)) if name else 0
+        seen[row] = (
+            f"{num_train}",
+            "" if not name else "unknown" if num_seen is None else f"{num_seen}",
+            f"{entry['augmented_pictures']}" if name else "",
+        )
+
+    # What the reader has to know
+    notes = [
+        f"Test accuracy of {recipe.model} on {len(comparison.test.files)} pictures after the last of {recipe.epochs} "
+        f"epochs, mean ± standard deviation over {comparison.seeds} seeds. Beside it is the paired difference to "
+        f"{baseline} ± its standard error. Nothing was chosen on the test pictures.",
+        explain_verdict(len(comparison.rows) - 1, comparison.seeds),
+    ]
+    if num_leaked:
+        notes.append(f"Warning: {num_leaked} pictures are among those for training and for the test, too.")
+    # with the same seed, the generator's pictures are among the first in the same order
+    if tests_on_share and any(
+        chosen.seen is None or chosen.seen[0] > num_train or chosen.seen[1] != comparison.seed
+        for chosen in sets.values()
+    ):
+        notes.append(
+            "The test pictures are a part of --train_dir. A generator that was fine-tuned on all of it has seen them: "
+            "then the rows with augmented pictures come out too good, and only --test_dir is fair."
+        )
+    if sets and comparison.result_file(REFERENCE).exists():
+        top1 = comparison.read_top1(REFERENCE)
+        pictures = ", ".join(f"highest_loss_{name}.png" for name in sets)
+        weak = describe_weak_reference(top1)
+        looks = f"Look at the augmented pictures on which the first classifier of row none is worst: {pictures}."
+        notes.append(f"{weak[0].upper()}{weak[1:]}." if top1 < MIN_ACCURACY else looks)
+
+    # The files
+    table = format_table(summary, baseline, seen)
+    results = {"baseline": baseline, "seeds": comparison.seeds, "leaked_pictures": num_leaked, "rows": summary}
+    text = "\n\n".join([table, *notes]) + "\n"
+    for name, content in (
+        ("results.json", json.dumps(results, indent=2).encode()),
+        ("results.md", text.encode()),
+        ("accuracy.png", plot_accuracies(summary, f"{recipe.model}, {comparison.seeds} seeds")),
+    ):
+        with atomic_file(comparison.root / name) as file:
+            file.write(content)
+    if launch.is_first_process():
+        print(text)
+
+
 def format_table(summary: dict[str, dict[str, Any]], baseline: str, seen: dict[str, Sequence[str]]) -> str:
     """Return the table in Markdown.
 
@@ -151,16 +227,6 @@ def plot_accuracies(summary: dict[str, dict[str, Any]], title: str) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
     return content.getvalue()
-
-
-def explain_loading(weights: Path, picture: Path) -> str:
-    """Return the lines of Python that name the class of a picture by the weights of a classifier."""
-    return f"""\
-import json; import timm; from PIL import Image; from safetensors.torch import safe_open, load_file
-about = {{key: json.loads(text) for key, text in safe_open({str(weights)!r}, "pt").metadata().items()}}
-model = timm.create_model(**about["model"]).eval(); model.load_state_dict(load_file({str(weights)!r}))
-picture = timm.data.create_transform(**about["transform"])(Image.open({str(picture)!r}).convert("RGB"))
-print(about["class_names"][int(model(picture[None]).argmax())])"""
 
 
 def _deviation(values: Sequence[float]) -> float | None:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from .errors import InputError, first_line
+from ..errors import InputError, first_line
 
-LARGEST_PICTURE = 500_000_000  # pixels; the largest camera sensors have fewer
+MAX_PIXELS = 500_000_000  # pixels; the largest camera sensors have fewer
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")  # those at which coded data end
-FEWEST_ZEROS = 256  # at the end of a WebP image, which compressed data do not have
+MIN_ZEROS = 256  # at the end of a WebP image, which compressed data do not have
 ORIENTATION, PHOTOMETRIC, BITS_PER_SAMPLE = 274, 262, 258  # EXIF and TIFF tags
 
 
@@ -90,11 +90,11 @@ def _open(file: Path) -> Image.Image:
         image = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
         raise ValueError("it is not a picture of a known format") from None
-    if image.width * image.height > LARGEST_PICTURE:
+    if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"it has {image.width} x {image.height} pixels, more than 500 million; make it smaller")
     if image.format in ("JPEG", "MPO") and not _has_end_of_jpeg(content):
         raise ValueError("its end is missing, so a part of it would be grey")
-    if image.format == "WEBP" and _webp_image(content).endswith(bytes(FEWEST_ZEROS)):
+    if image.format == "WEBP" and _webp_image(content).endswith(bytes(MIN_ZEROS)):
         raise ValueError("it ends in zeros, so a part of it is missing")
     return image
 

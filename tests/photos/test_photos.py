@@ -14,9 +14,13 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from noisecutmix.errors import InputError
 from noisecutmix.photos import check_photos, find_photos
-from noisecutmix.pictures import crop_square, open_photo
+from noisecutmix.photos.opening import crop_square, open_photo
 
 ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files, or needs rights for links")
+
+
+def check(photos, resolution=None):
+    return check_photos(photos.files, photos.labels, resolution)
 
 
 @pytest.fixture
@@ -214,7 +218,7 @@ def test_a_link_that_would_mislabel_pictures_is_refused_by_name(root, case):
         (root / name / "deep").mkdir()
         shutil.copy(root / name / "0.png", root / name / "deep" / "8.png")
     (root / link).symlink_to(root / target)
-    with pytest.raises(InputError, match=f"`data_dir`: .*{message}"):
+    with pytest.raises(InputError, match=f"data_dir: .*{message}"):
         find_photos(root)
 
 
@@ -257,14 +261,14 @@ def test_what_is_no_regular_file_is_not_read(root):
     os.mkfifo(root / CLASS_NAMES[0] / "x.jpg")
     found = find_photos(root)
     assert len(found.files) == 9 and "1 .jpg" in found.notes[0]
-    check_photos(found)
+    check_photos(found.files, found.labels)
 
 
 @ON_POSIX
 def test_a_file_name_that_is_not_utf_8_is_used(root):
     os.rename(root / CLASS_NAMES[0] / "0.png", os.fsencode(root / CLASS_NAMES[0]) + b"/caf\xe9.png")
     found = find_photos(root, examples_per_class=3)
-    check_photos(found)
+    check_photos(found.files, found.labels)
     assert len(found.files) == 9
 
 
@@ -275,7 +279,7 @@ def test_splits_are_not_taken_for_classes(tmp_path, names):
     for name in names:
         write_photos(tmp_path / "all" / name, count=1)
     with pytest.raises(InputError, match=rf"are splits, not classes; give one of them, such as .*{names[0]}"):
-        find_photos(tmp_path / "all", flag="test_dir")
+        find_photos(tmp_path / "all", option="test_dir")
 
 
 def test_a_class_may_be_called_train_and_classes_may_have_one_folder_each(tmp_path):
@@ -357,10 +361,10 @@ def test_half_a_jpeg_is_refused_and_a_whole_one_is_read(root, how):
     for damaged in (half, half + bytes(len(content) - len(half))):
         file.write_bytes(damaged)
         with pytest.raises(InputError, match=r"half\.jpg cannot be read: its end is missing"):
-            check_photos(find_photos(root))
+            check(find_photos(root))
     for whole in (content, content + bytes(100), content + b"a trailer of the camera"):
         file.write_bytes(whole)
-        check_photos(find_photos(root))
+        check(find_photos(root))
         assert open_photo(file).size == (200, 200)
 
 
@@ -373,9 +377,9 @@ def test_half_a_webp_is_refused_and_a_whole_one_is_read(root, how):
     for damaged in (half, half + bytes(len(content) - len(half))):
         file.write_bytes(damaged)
         with pytest.raises(InputError, match=r"half\.webp cannot be read: "):
-            check_photos(find_photos(root))
+            check(find_photos(root))
     file.write_bytes(content)
-    check_photos(find_photos(root))
+    check(find_photos(root))
 
 
 def exif(*entries, extra=b""):
@@ -428,11 +432,11 @@ def test_small_pictures_and_pages_are_counted(root):
     large = Image.linear_gradient("L").resize((64, 64))
     large.resize((8, 8)).save(root / CLASS_NAMES[0] / "scan.tif", save_all=True, append_images=[large])
     large.save(root / CLASS_NAMES[0] / "large.jpg")
-    assert check_photos(find_photos(root), 24) == (
+    assert check(find_photos(root), 24) == (
         "10 pictures are smaller than 24 pixels; they are enlarged",
         "1 TIFF files have several pages; the first one is used, which may be a thumbnail",
     )
-    assert len(check_photos(find_photos(root), 8)) == 1
+    assert len(check(find_photos(root), 8)) == 1
 
 
 # Pictures that do not mean what they seem to
@@ -468,12 +472,12 @@ def test_few_bits_in_files_of_16_are_refused_rather_than_black(tmp_path, bits, s
             deep_picture(bits, seed).save(tmp_path / name / f"0.{suffix}")
     photos = find_photos(tmp_path)
     if bits == 16:
-        assert check_photos(photos) == ()
+        assert check_photos(photos.files, photos.labels) == ()
         return
     with pytest.raises(InputError, match=r"all 2 pictures of 16 bits are almost black .at most \d+ of 255., such as"):
-        check_photos(photos)
+        check_photos(photos.files, photos.labels)
     (tmp_path / "covid" / "1.png").write_bytes(deep_picture(16, 2, colour=True))  # one class only is dark
-    notes = check_photos(find_photos(tmp_path))
+    notes = check(find_photos(tmp_path))
     assert len(notes) == 1 and notes[0].startswith("warning: 2 of 3 pictures of 16 bits are almost black")
 
 
@@ -482,7 +486,7 @@ def test_pictures_of_one_colour_are_counted(root):
     Image.new("RGB", (64, 64), "grey").save(root / "blue jay" / "flat.jpg")
     noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(noise).save(root / "blue jay" / "tiny.jpg")  # a single pixel at an eighth of its size
-    (note,) = check_photos(find_photos(root))
+    (note,) = check(find_photos(root))
     assert note.startswith("warning: 2 pictures have a single colour, such as") and "flat.jpg" in note
 
 
@@ -490,7 +494,7 @@ def test_the_same_bytes_in_two_classes_are_counted_and_named(root):
     for number in range(2):
         shutil.copy(root / "red kite" / f"{number}.png", root / "blue jay" / f"copy{number}.png")
     shutil.copy(root / "red kite" / "2.png", root / "red kite" / "again.png")  # of the same class
-    (note,) = check_photos(find_photos(root))
+    (note,) = check(find_photos(root))
     assert note.startswith("warning: 2 pictures lie in more than one class, with the same bytes, such as ")
     assert "copy0.png" in note and str(root / "red kite" / "0.png") in note
 

@@ -1,0 +1,1 @@
+"""Compare classifiers with and without augmented pictures: `python -m noisecutmix.compare --help`."""

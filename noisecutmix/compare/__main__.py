@@ -1,0 +1,207 @@
+"""Does it help? Compare classifiers of photos: alone, with MixUp and CutMix, and with augmented pictures.
+
+python -m noisecutmix.compare --train_dir=photos/train --test_dir=photos/test --augmented noisecutmix=outputs/mine \
+    --augmented stable_diffusion=outputs/single --output_dir=outputs/answer
+
+After a stop, the same command continues. Any number of processes may work on one folder, started at any time: each
+takes a classifier that nobody has finished or begun, and the last one writes results.md, results.json and accuracy.png.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+from .. import launch, script
+from ..cli import ABSOLUTE, Parser, add_machine_flags, as_number, as_path, as_text
+from ..errors import InputError, RunError, is_out_of_memory
+from ..files import check_writable
+from ..photos import check_photos
+from ..ranges import RANGES, Range
+from .comparison import MIXES, Comparison, Recipe
+from .sets import digest, hash_pictures, load_photos, open_set, read_set
+
+COUNT, RATE, SHARE = Range(int, 1, 10**8), Range(float, 0, 1e6), Range(float, 0, 1)
+RECIPE = [field.name for field in dataclasses.fields(Recipe)]
+# the flags on which no classifier depends, whether directly or by the content of files
+NOT_OF_RESULTS = (
+    *("train_dir", "test_dir", "augmented", "output_dir", "rows", "baseline", "seeds", "save_weights"),
+    *("device", "num_workers"),
+)
+
+
+def create_parser() -> Parser:
+    parser = Parser(description="Compare classifiers that are trained with and without augmented data sets.")
+    default = " (default: %(default)s)"
+    add = parser.add_argument_group("pictures").add_argument
+    layout = "one folder of pictures per class"
+    add("--train_dir", type=as_path, required=True, metavar="DIR", help=f"real pictures for training, {layout}")
+    add("--test_dir", type=as_path, metavar="DIR", help=f"real pictures for the test, {layout}")
+    share = "without --test_dir: share of --train_dir, chosen by the seed, that is only for the test"
+    add("--test_share", type=as_number(Range(float, 0.01, 0.99)), default=0.2, metavar="P", help=share + default)
+    few = "training pictures per class, chosen by the seed (default: all)"
+    add("--examples_per_class", type=as_number(COUNT), metavar="N", help=few)
+    sets = "a folder of augmentation.py, and a name for it; may be given several times"
+    add("--augmented", type=as_named_folder, action="append", default=[], metavar="NAME=DIR", help=sets)
+
+    add = parser.add_argument_group("comparison").add_argument
+    add("--output_dir", type=as_path, required=True, metavar="DIR", help="folder to write into")
+    rows = "none, mixup, cutmix, NAME, mixup+NAME, cutmix+NAME (default: none, cutmix, each NAME and cutmix+NAME)"
+    add("--rows", nargs="+", metavar="ROW", help=f"ways to train: {rows}")
+    add("--baseline", default="cutmix", metavar="ROW", help="row to compare the others with" + default)
+    add("--seeds", type=as_number(Range(int, 1, 1000)), default=5, metavar="N", help="classifiers per row" + default)
+    add("--seed", type=as_number(RANGES["seed"]), default=0, metavar="S", help="seed of all random choices" + default)
+    probability = "share of real pictures that augmented ones replace"
+    add("--probability", type=as_number(SHARE), default=0.1, metavar="P", help=probability + default)
+    keep = "share of each augmented set that is used: where the loss of row none's first classifier is lowest"
+    add("--keep", type=as_number(Range(float, 0.01, 1)), default=1.0, metavar="P", help=keep + default)
+    weights = "keep the first classifier of each row in weights/, and print how to use it"
+    add("--save_weights", action="store_true", help=weights)
+
+    add = parser.add_argument_group("training").add_argument
+    add("--model", type=as_text, default="resnet50", metavar="NAME", help="any model of timm" + default)
+    pretrained = "begin with random weights"
+    add("--no_pretrained", dest="pretrained", action="store_false", help=pretrained)
+    add("--epochs", type=as_number(COUNT), default=100, metavar="N", help="passes over the real pictures" + default)
+    add("--batch_size", type=as_number(RANGES["batch_size"]), default=32, metavar="N", help="pictures a step" + default)
+    add("--learning_rate", type=as_number(RATE), default=0.02, metavar="LR", help="peak learning rate of SGD" + default)
+    add("--weight_decay", type=as_number(RATE), default=5e-4, metavar="W", help="weight decay of SGD" + default)
+    mixed = "share of the batches that rows with mixup and cutmix mix"
+    add("--mix_probability", type=as_number(SHARE), default=0.5, metavar="P", help=mixed + default)
+    side = "side of the classifier's pictures in pixels (default: the model's)"
+    add("--image_size", type=as_number(RANGES["resolution"]), metavar="PIXELS", help=side)
+    crop = "smallest share of a picture that a random crop of the training shows"
+    add("--crop_scale", type=as_number(Range(float, 0.01, 1)), default=0.08, metavar="P", help=crop + default)
+    jitter = "largest random change of brightness, contrast and saturation, as a share"
+    add("--color_jitter", type=as_number(SHARE), default=0.4, metavar="P", help=jitter + default)
+    flip = "do not mirror half of the training pictures at random"
+    add("--no_random_flip", dest="random_flip", action="store_false", help=flip)
+
+    dtypes = "type of the computation (default: float16 on cuda, else float32); weights are float32"
+    add = add_machine_flags(parser, dtypes).add_argument
+    workers = "processes that read pictures"
+    add("--num_workers", type=as_number(Range(int, 0, 256)), default=4, metavar="N", help=workers + default)
+    return parser
+
+
+def as_named_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII) or name.lower() in ("none", *MIXES) or not folder:
+        raise argparse.ArgumentTypeError(f"has to be NAME=DIR, with a name of letters and digits, not {text!r}")
+    return name, as_path(folder)
+
+
+# how the parser writes the command that continues a comparison
+ABSOLUTE[as_named_folder] = lambda text: "{}={}".format(text.partition("=")[0], as_named_folder(text)[1].absolute())
+
+
+def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return checked options; `augmented` is a dict of folders. Raises InputError."""
+    options = parser.parse_args(arguments)
+    names = [name for name, _ in options.augmented]
+    if len({name.lower() for name in names}) < len(names):
+        raise InputError("two data sets have the same name; give each another one", "augmented")
+    options.augmented = dict(options.augmented)
+    known = ["none", *MIXES, *(f"{start}{name}" for name in names for start in ("", *(f"{mix}+" for mix in MIXES)))]
+    options.rows = options.rows or ["none", "cutmix", *(row for name in names for row in (name, f"cutmix+{name}"))]
+    options.rows = list(dict.fromkeys(options.rows))
+    for option, row in (*(("rows", row) for row in options.rows), ("baseline", options.baseline)):
+        if row not in known:
+            raise InputError(f"{row!r} is no row; choose from {', '.join(known)}", option)
+    if options.baseline not in options.rows:
+        raise InputError(f"{options.baseline} is not among --rows; add it there, or choose another", "baseline")
+    output_dir = options.output_dir.resolve()
+    folders = {"train_dir": options.train_dir.resolve()}
+    if options.test_dir:
+        folders["test_dir"] = options.test_dir.resolve()
+        for inner, outer in (("test_dir", "train_dir"), ("train_dir", "test_dir")):
+            if folders[outer] in (folders[inner], *folders[inner].parents):
+                raise InputError(f"{folders[inner]} lies in --{outer}; the test needs pictures of its own", inner)
+    for option, folder in folders.items():
+        if folder in (output_dir, *output_dir.parents):
+            raise InputError(f"{output_dir} lies in --{option}, where each folder is a class", "output_dir")
+    check_writable(options.output_dir)
+    for library in ("timm", "matplotlib", "scipy"):
+        if importlib.util.find_spec(library) is None:
+            raise InputError(
+                f"{library} is not installed; start with: uv run --extra classify -m noisecutmix.compare …"
+            )
+    return options
+
+
+def main() -> None:
+    parser = create_parser()
+    options = parse(parser)
+
+    # The pictures, in one order of classes
+    test_share = None if options.test_dir else options.test_share
+    train, test = load_photos(
+        options.train_dir, options.test_dir, options.test_share, options.examples_per_class, options.seed
+    )
+    records = {name: read_set(folder, train) for name, folder in options.augmented.items()}
+    train_hashes, test_hashes = hash_pictures(train.files), hash_pictures(test.files)
+    num_leaked = len(set(train_hashes) & set(test_hashes))
+    device = script.choose_device(options.device)
+    dtype = launch.choose_training_dtype(device, options.dtype)
+    sets = {name: open_set(options.augmented[name], train, record) for name, record in records.items()}
+
+    # All that the classifiers depend on
+    dependencies = {
+        **parser.relevant(options, NOT_OF_RESULTS, (*RECIPE, "seed", "examples_per_class", "keep")),
+        "dtype": dtype,
+        "test_share": test_share,
+        "class_names": list(train.class_names),
+        "train_pictures": digest(*zip(train.labels, train_hashes)),
+        "test_pictures": digest(*zip(test.labels, test_hashes)),
+        "augmented": {name: augmented.fingerprint for name, augmented in sets.items()},
+        "timm": version("timm"),  # its weights and transforms
+    }
+    comparison = Comparison(
+        options.output_dir,
+        Recipe(**{name: dependencies[name] for name in RECIPE}),
+        dependencies,
+        parser.command(),
+        train,
+        test,
+        sets,
+        rows=options.rows,
+        seeds=options.seeds,
+        seed=options.seed,
+        keep=options.keep,
+        saves_weights=options.save_weights,
+        device=device,
+        num_workers=options.num_workers,
+    )
+
+    # The pictures of a comparison that has begun are the same as then
+    if comparison.check_usable():
+        notes = [*train.notes, *check_photos(train.files, train.labels)]
+        notes += [*test.notes, *check_photos(test.files, test.labels)]
+        notes += [note for augmented in sets.values() for note in check_photos(augmented.files)]
+        for note in dict.fromkeys(notes):
+            script.say(note)
+    if num_leaked:
+        script.say(f"warning: {num_leaked} pictures are among those for training and for the test, too")
+
+    # Train what is missing, and report
+    script.say("loading the libraries")
+    try:
+        comparison.train_missing()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise RunError("out of memory; use a smaller --batch_size in another folder") from error
+        raise
+    from .report import write_report
+
+    write_report(comparison, options.baseline, num_leaked, tests_on_share=options.test_dir is None)
+    if options.save_weights and launch.is_first_process():
+        from .classifier import explain_loading
+
+        print("To name the class of a picture with the classifier of a row:\n")
+        print(explain_loading(comparison.weights_file(options.rows[0]), test.files[0]))
+
+
+if __name__ == "__main__":
+    script.run(main)

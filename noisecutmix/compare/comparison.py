@@ -1,0 +1,293 @@
+"""The folder of a comparison: its recipe, its jobs, and the predictions of each classifier.
+
+A job is a row and the number of a seed. Any number of processes work on the jobs at once. Each takes one that nobody
+has finished or begun, and a finished job is a file that appears whole.
+"""
+
+import csv
+import functools
+import io
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import launch, script
+from ..errors import InputError, RunError
+from ..files import atomic_file, check_same, create_file, describe_program, read_record, write_png
+from ..photos import Photos
+from .sets import AugmentedSet
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .classifier import Classifier
+
+MIXES = ("mixup", "cutmix")
+OPTIONS_FILE, TEST_PICTURES_FILE = "classify.json", "test_pictures.csv"
+MIN_ACCURACY = 50  # percent, below which a classifier cannot be the reference for augmented pictures
+LOOKED_AFTER = 20  # steps, after which a process looks whether another one has finished its job
+
+LABEL_COLOR, PREDICTION_COLOR = (0, 0, 0), (148, 60, 189)
+LEGEND = [
+    ("black: the soft label", LABEL_COLOR),
+    ("purple: the prediction of the classifier", PREDICTION_COLOR),
+    ("sorted by the loss between them", LABEL_COLOR),
+]
+
+Job = tuple[str, int]
+REFERENCE: Job = ("none", 0)  # its classifier measures the loss of the augmented pictures
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a classifier depends on beside the pictures and the seed: flags of `noisecutmix.compare`."""
+
+    model: str
+    pretrained: bool
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    probability: float
+    mix_probability: float
+    image_size: int | None
+    crop_scale: float
+    color_jitter: float
+    random_flip: bool
+    dtype: str
+
+
+class AlreadyTrained(Exception):
+    """Another process has finished the same classifier."""
+
+
+@dataclass
+class Comparison:
+    """The folder of a comparison: classify.json, the predictions of each job, and what the first classifiers leave.
+
+    Args:
+        root: the folder.
+        recipe: how the classifiers are trained.
+        dependencies: all that the predictions depend on beside row and seed, as JSON values.
+        command: continues the comparison.
+        train, test: the pictures for training and for the test.
+        sets: the augmented data sets by their name.
+        rows: the ways to train.
+        seeds: the number of classifiers of each row.
+        seed: of all random choices.
+        keep: the share of each augmented set that is used.
+        saves_weights: whether the first classifier of each row is kept.
+        device, num_workers: where to train, and how many processes read pictures.
+    """
+
+    root: Path
+    recipe: Recipe
+    dependencies: dict[str, Any]
+    command: Sequence[str]
+    train: Photos
+    test: Photos
+    sets: dict[str, AugmentedSet]
+    rows: Sequence[str]
+    seeds: int
+    seed: int
+    keep: float
+    saves_weights: bool
+    device: str
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        self.dependencies = json.loads(json.dumps(self.dependencies))
+        self.jobs: list[Job] = [(row, seed) for seed in range(self.seeds) for row in self.rows]
+        if self.keep < 1 and self.sets and REFERENCE not in self.jobs:
+            self.jobs.insert(0, REFERENCE)
+        self._is_new = False
+
+    def check_usable(self) -> bool:
+        """Return whether the comparison is new. Raises InputError if the folder holds one with other options."""
+        there = read_record(self.root / OPTIONS_FILE, "output_dir", options=dict)
+        if there is None:
+            if (self.root / "results").exists():
+                raise InputError(f"{self.root} has results without {OPTIONS_FILE}; choose another folder", "output_dir")
+            return True
+        check_same(self.root, there["options"], self.dependencies)
+        return False
+
+    def result_file(self, job: Job) -> Path:
+        return self.root / "results" / f"predictions_{job[0]}_seed{job[1]}.npy"
+
+    def weights_file(self, row: str) -> Path:
+        return self.root / "weights" / f"{row}.safetensors"
+
+    def losses_file(self, name: str) -> Path:
+        return self.root / f"losses_{name}.npy"
+
+    def is_done(self, job: Job) -> bool:
+        """Return whether a job's result is there, and what else its classifier has to leave."""
+        if not self.result_file(job).exists():
+            return False
+        files = [self.weights_file(job[0])] if self.saves_weights and job[1] == 0 else []
+        if job == REFERENCE and self.read_top1(job) >= MIN_ACCURACY:
+            files += map(self.losses_file, self.sets)
+        return all(file.exists() for file in files)
+
+    def train_missing(self) -> None:
+        """Train all classifiers that have no result yet, but those that other processes finish first."""
+        if all(map(self.is_done, self.jobs)):
+            return
+        from tqdm import tqdm
+
+        # Refuse a wrong model before anything is written
+        classifier = self._create_classifier()
+        classifier.try_batch()
+        steps = classifier.steps(len(self.train.files))
+
+        # Begin or continue the folder
+        self.root.mkdir(parents=True, exist_ok=True)
+        content = {"options": self.dependencies, **describe_program(self.command)}
+        self._is_new = create_file(self.root / OPTIONS_FILE, json.dumps(content, indent=2).encode())
+        self.check_usable()
+        (self.root / "results").mkdir(exist_ok=True)
+        if not (self.root / TEST_PICTURES_FILE).exists():
+            self._write_test_pictures()
+
+        # Train
+        with tqdm(unit="step", smoothing=0.05, disable=not launch.is_first_process()) as bar:
+            while job := self._choose_job():
+                bar.total = bar.n + steps * sum(not self.is_done(other) for other in self.jobs)
+                bar.set_description(f"{job[0]}, seed {job[1]}")
+                try:
+                    self._train(job, bar)
+                except AlreadyTrained:
+                    continue
+                script.say(f"{job[0]}, seed {job[1]}: {self.read_top1(job):.1f} % test accuracy")
+
+    def _create_classifier(self, seed: int = 0) -> "Classifier":
+        from .classifier import Classifier
+
+        return Classifier(self.recipe, len(self.train.class_names), seed, self.device, self.num_workers)
+
+    def _write_test_pictures(self) -> None:
+        """Write the path, the label and the class of each row of the predictions."""
+        with atomic_file(self.root / TEST_PICTURES_FILE) as file:
+            lines = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+            table = csv.writer(lines, lineterminator="\n")
+            table.writerow(("file", "label", "class"))
+            for picture, label in zip(self.test.files, self.test.labels):
+                name = picture.relative_to(self.test.root).as_posix()
+                table.writerow((name, label, self.test.class_names[label]))
+            lines.flush()
+            lines.detach()
+
+    def _choose_job(self) -> Job | None:
+        """Return a job that is not done, one that as few other processes as possible have begun; None at the end."""
+        ready = [job for job in self.jobs if not self.is_done(job) and not self._waits_for_losses(job)]
+        if not ready:
+            return None
+        names = [file.name for file in (self.root / "results").iterdir()]  # of temporary files, while a job is trained
+        begun = {job: sum(name.startswith(f".{self.result_file(job).name}.") for name in names) for job in ready}
+        free = [job for job in ready if begun[job] == min(begun.values())]
+        rank, count = launch.rank_and_count()
+        place = rank / count if count > 1 else 0 if self._is_new else random.Random().random()
+        return free[int(place * len(free))]
+
+    def _waits_for_losses(self, job: Job) -> bool:
+        _, name = read_row(job[0])
+        return bool(name) and self.keep < 1 and not self.losses_file(name).exists()
+
+    def _train(self, job: Job, bar: Any) -> None:
+        """Train the classifier of a row and seed, and write its result. Raises AlreadyTrained."""
+        import numpy as np
+
+        from .items import AugmentedPictures, RealPictures, derive_seed
+
+        row, number = job
+        mix, name = read_row(row)
+        classifier = self._create_classifier(derive_seed(self.seed, number))
+
+        def after_step(loss: float) -> None:
+            script.check_signals()
+            bar.update()
+            pictures = self.recipe.batch_size * (bar.format_dict["rate"] or 0)
+            bar.set_postfix_str(f"loss {loss:.3f}, {pictures:.0f} pictures/s", refresh=False)
+            if bar.n % LOOKED_AFTER == 0 and self.is_done(job):
+                raise AlreadyTrained
+
+        def augmented(transform: Any) -> AugmentedPictures:
+            chosen = self.sets[name]
+            return AugmentedPictures(chosen.pictures, self.find_kept(name), transform)
+
+        with atomic_file(self.result_file(job)) as file:  # its temporary name tells the others that the job has begun
+            classifier.train(self.train, augmented if name else None, mix, after_step)
+            probabilities = classifier.predict(lambda transform: RealPictures(self.test, transform))
+            predictions = probabilities.astype(np.float16)
+            if job == REFERENCE:
+                self._measure_losses(classifier, 100 * float((predictions.argmax(1) == self.test.labels).mean()))
+            if self.saves_weights and number == 0:
+                self.weights_file(row).parent.mkdir(exist_ok=True)
+                with atomic_file(self.weights_file(row)) as weights:
+                    weights.write(classifier.to_safetensors(self.train.class_names))
+            np.save(file, predictions)
+
+    def _measure_losses(self, classifier: "Classifier", top1: float) -> None:
+        """Write the cross-entropy of the prediction to the label of each augmented picture; draw the highest ones."""
+        import numpy as np
+
+        from ..preview import MAX_PICTURES, draw_grid
+        from .items import AugmentedPictures
+
+        if top1 < MIN_ACCURACY:
+            if self.keep < 1:
+                raise RunError(f"{describe_weak_reference(top1)}; use another folder, without --keep")
+            return
+        for name, chosen in self.sets.items():
+            items = functools.partial(AugmentedPictures, chosen.pictures, range(len(chosen.pictures)))
+            probabilities, labels = classifier.predict(items), chosen.pictures.soft_labels
+            losses = -(labels * np.log(np.maximum(probabilities, 1e-12))).sum(1)
+            content = io.BytesIO()
+            np.save(content, losses.astype(np.float32))
+            create_file(self.losses_file(name), content.getvalue())  # never replaced: the kept pictures depend on it
+            highest = np.argsort(-losses, kind="stable")[:MAX_PICTURES]
+            captions = []
+            for index in highest:
+                lines = [(f"{share:.2f}", label, LABEL_COLOR) for label, share in enumerate(labels[index]) if share]
+                predicted = int(probabilities[index].argmax())
+                captions.append([*lines, (f"predicted: {probabilities[index].max():.2f}", predicted, PREDICTION_COLOR)])
+            images = [chosen.pictures[int(index)][0] for index in highest]
+            grid = draw_grid(images, captions, self.train.class_names, LEGEND)
+            write_png(self.root / f"highest_loss_{name}.png", grid)
+
+    def find_kept(self, name: str) -> "Sequence[int]":
+        """Return the items of an augmented set that are used: with --keep, those with the lowest losses."""
+        import numpy as np
+
+        count = len(self.sets[name].pictures)
+        if self.keep == 1:
+            return range(count)
+        best = np.argsort(np.load(self.losses_file(name), allow_pickle=False), kind="stable")
+        return sorted(best[: max(round(self.keep * count), 1)].tolist())
+
+    def read_right(self, job: Job) -> "np.ndarray":
+        """Return (pictures,), whether a job's classifier names the class of each test picture right."""
+        import numpy as np
+
+        is_right: np.ndarray = np.load(self.result_file(job), allow_pickle=False).argmax(1) == self.test.labels
+        return is_right
+
+    def read_top1(self, job: Job) -> float:
+        """Return the test accuracy of a job's classifier, in percent."""
+        return 100 * float(self.read_right(job).mean())
+
+
+def read_row(row: str) -> tuple[str, str]:
+    """Return what mixes the batches of a row ("mixup", "cutmix" or ""), and its augmented set ("" for none)."""
+    first, _, second = row.partition("+")
+    return (first, second) if first in MIXES else ("", "" if first == "none" else first)
+
+
+def describe_weak_reference(top1: float) -> str:
+    return (
+        f"row none has a test accuracy of {top1:.0f} %, which is too little to measure the loss of augmented pictures"
+    )

@@ -1,0 +1,109 @@
+"""The items of a classifier's training and test, their order, and the seeds of what is random in them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..datasets import AugmentedDataset, MixedDataset
+from ..photos import Photos, open_photo
+from ..plan import seed_sequence
+
+KEPT_PIXELS = 2**26  # of photos that are decoded only once, in each process that reads them: 200 MB
+
+Transform = Callable[[Any], torch.Tensor]
+
+
+class RealPictures:
+    """Photos as (picture, class); item i is picture i % n, so that every item of a training has an index of its own."""
+
+    def __init__(self, photos: Photos, transform: Transform, epochs: int = 1):
+        self.class_names = list(photos.class_names)
+        self._photos, self._transform, self._epochs = photos, transform, epochs
+        self._kept: dict[int, Image.Image] = {}
+        self._room = KEPT_PIXELS
+
+    def __len__(self) -> int:
+        return self._epochs * len(self._photos.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        index %= len(self._photos.files)
+        picture = self._kept.get(index) or open_photo(self._photos.files[index])
+        if index not in self._kept and (size := picture.width * picture.height) <= self._room:
+            self._kept[index] = picture
+            self._room -= size
+        return self._transform(picture), self._photos.labels[index]
+
+
+class AugmentedPictures:
+    """The items `indices` of an augmented data set as (picture, soft label)."""
+
+    def __init__(self, pictures: AugmentedDataset, indices: Sequence[int], transform: Transform):
+        self.class_names = pictures.class_names
+        self._pictures, self._indices, self._transform = pictures, indices, transform
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        picture, label = self._pictures[self._indices[index]]
+        return self._transform(picture), label
+
+
+class SeededItems:
+    """Items whose random crops and flips depend on the seed and the index only, whichever process reads them."""
+
+    def __init__(self, items: MixedDataset, seed: int):
+        self._items, self._seed = items, seed
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Any:
+        seed_global_state(derive_seed(self._seed, index))
+        return self._items[index]
+
+
+def draw_batches(num_pictures: int, epochs: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Yield batches of indices: epoch e has the indices from e * n in random order. An incomplete end is left out."""
+    rng, waiting = np.random.default_rng(seed), []  # type: np.random.Generator, list[int]
+    for epoch in range(epochs):
+        waiting += (epoch * num_pictures + rng.permutation(num_pictures)).tolist()
+        while len(waiting) >= batch_size:
+            yield waiting[:batch_size]
+            del waiting[:batch_size]
+    if epochs * num_pictures < batch_size:
+        yield waiting
+
+
+def derive_seed(seed: int, *numbers: int) -> int:
+    """Return a seed of 63 bits that is a function of a seed and numbers (see `seed_sequence`)."""
+    return int(seed_sequence(seed, *numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def seed_global_state(seed: int, device: str = "cpu") -> None:
+    """Seed Python's and torch's global generators, from which timm's layers and transforms draw."""
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow, and remembers every call for a GPU
+    if device.startswith("cuda"):
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device == "mps":
+        torch.mps.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def keeping_global_state(device: str = "cpu") -> Iterator[None]:
+    """Restore the state of Python's and torch's global generators at the end."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng([torch.device(device)] if device.startswith("cuda") else []):
+            yield
+    finally:
+        random.setstate(state)

@@ -1,0 +1,1 @@
+"""Fine-tune Stable Diffusion on pictures: `python -m noisecutmix.finetune --help`."""

@@ -1,0 +1,307 @@
+"""Fine-tune Stable Diffusion on pictures, one folder per class. After a stop, the same command continues the run.
+
+python -m noisecutmix.finetune --data_dir=photos --meta_class=bird --output_dir=ckpts/mine
+accelerate launch --num_processes=2 -m noisecutmix.finetune --data_dir=photos --meta_class=bird --output_dir=ckpts/mine
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from .. import launch, script
+from ..classes import META_CLASSES, STABLE_DIFFUSION
+from ..cli import Parser, add_machine_flags, as_model, as_number, as_path, as_text, check_model
+from ..errors import InputError, RunError, is_out_of_memory
+from ..files import check_writable, describe_differences, describe_program
+from ..folder import PREVIEW_FILE
+from ..photos import Photos, check_photos, find_photos
+from ..ranges import RANGES, Range
+from ..sources import fingerprint_files, fingerprint_model
+from .folder import Recipe, TrainingFolder, describe_listing
+
+PASSES, MIN_STEPS = 47, 1000  # Diff-Mix's budget for CUB: 280,000 pictures over 5,994
+SMOOTHED_OVER = 50  # steps, over which the displayed loss is averaged
+RECIPE = [field.name for field in dataclasses.fields(Recipe)]
+COUNT, RATE = Range(int, 1, 10**8), Range(float, 1e-12, 1e6)
+# the flags on which no weight depends, whether directly or, as the model, by the content of files
+NOT_OF_WEIGHTS = (
+    *("data_dir", "output_dir", "checkpointing_steps", "preview_steps", "max_train_steps", "model", "device"),
+    *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+)
+
+
+def create_parser() -> Parser:
+    parser = Parser(
+        description="Fine-tune on pictures, one folder per class. After a stop, the same command continues the run."
+    )
+    default = " (default: %(default)s)"
+    add = parser.add_argument_group("pictures").add_argument
+    add("--data_dir", type=as_path, required=True, metavar="DIR", help="folder with one folder of pictures per class")
+    add("--meta_class", type=as_word, required=True, metavar="WORD", help="word for all classes, such as bird")
+    few = "pictures per class, chosen by the seed (default: all)"
+    add("--examples_per_class", type=as_number(COUNT), metavar="N", help=few)
+    side = "side of the square training pictures"
+    add("--resolution", type=as_number(RANGES["resolution"]), default=512, metavar="PIXELS", help=side + default)
+    flip = "do not mirror half of the pictures at random"
+    add("--no_random_flip", dest="random_flip", action="store_false", help=flip)
+    crop = "crop at random, not at the centre; slower, since every step encodes its pictures"
+    add("--random_crop", action="store_true", help=crop)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", type=as_path, required=True, metavar="DIR", help="folder of the checkpoint")
+    interval = "steps between two saved states, from which the same command continues"
+    add("--checkpointing_steps", type=as_number(COUNT), default=500, metavar="N", help=interval + default)
+    previews = "steps between two previews, preview_00500.png and so on (default: only one at the end)"
+    add("--preview_steps", type=as_number(COUNT), metavar="N", help=previews)
+
+    add = parser.add_argument_group("training").add_argument
+    model = "base model: hub id, id@revision or local folder"
+    add("--model", type=as_model, default=STABLE_DIFFUSION, metavar="MODEL", help=model + default)
+    add("--rank", type=as_number(Range(int, 1, 1024)), default=10, metavar="R", help="rank of the LoRA" + default)
+    budget = f"training steps (default: {PASSES} passes over the pictures, at least {MIN_STEPS} steps)"
+    add("--max_train_steps", type=as_number(COUNT), metavar="N", help=budget)
+    batch = "pictures in a batch"
+    add("--train_batch_size", type=as_number(RANGES["batch_size"]), default=8, metavar="N", help=batch + default)
+    batches = "batches in a training step"
+    add("--gradient_accumulation_steps", type=as_number(COUNT), default=1, metavar="N", help=batches + default)
+    add("--learning_rate", type=as_number(RATE), default=5e-5, metavar="LR", help="learning rate of the LoRA" + default)
+    tokens = "learning rate of the class tokens"
+    add("--token_learning_rate", type=as_number(RATE), default=5e-5, metavar="LR", help=tokens + default)
+    schedule = "schedule of the learning rates; only a constant one allows more steps after a finished run"
+    add("--lr_scheduler", choices=("constant", "linear", "cosine"), default="constant", help=schedule + default)
+    add("--seed", type=as_number(RANGES["seed"]), default=0, metavar="S", help="seed of all random choices" + default)
+
+    frozen = "type of the frozen weights (default: float16 on cuda, else float32); trained weights are float32"
+    machine = add_machine_flags(parser, frozen)
+    machine.add_argument("--gradient_checkpointing", action="store_true", help="use less memory, but more time")
+    return parser
+
+
+def as_word(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is blank; give a word for all classes, such as bird")
+    return as_text(text).strip()
+
+
+def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return checked options. Raises InputError."""
+    options = parser.parse_args(arguments)
+    check_model(options.model, options.resolution)
+    output_dir, data_dir = options.output_dir.resolve(), options.data_dir.resolve()
+    if data_dir in (output_dir, *output_dir.parents):
+        raise InputError(
+            f"{options.output_dir} lies in --data_dir, where each folder is a class; choose another", "output_dir"
+        )
+    check_writable(options.output_dir)
+    return options
+
+
+def main() -> None:
+    parser = create_parser()
+    options = parse(parser)
+    num_processes = launch.count_group()
+    photos = find_photos(options.data_dir, options.examples_per_class, options.seed)
+    folder = TrainingFolder(options.output_dir)
+    effective_batch = options.train_batch_size * options.gradient_accumulation_steps * num_processes
+    steps = count_steps(len(photos.files), effective_batch, options.max_train_steps)
+    describe_size(photos, steps, effective_batch, options, num_processes)
+    device = script.choose_device(options.device)
+    dtype = launch.choose_training_dtype(device, options.dtype)
+    listing = describe_listing(photos)
+    model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+    dependencies = {
+        **parser.relevant(options, NOT_OF_WEIGHTS, RECIPE),
+        "dtype": dtype,
+        "effective_batch": effective_batch,
+        **({} if options.lr_scheduler == "constant" else {"max_train_steps": steps}),
+        "class_names": list(photos.class_names),
+        "num_pictures": len(photos.files),
+        "pictures": check_pictures(photos, options.resolution, folder, listing),
+        "model": fingerprint_model(model, prefers_half=dtype == "float16"),
+    }
+    description = {
+        "model": model,
+        "resolution": options.resolution,
+        "meta_class": options.meta_class,
+        "options": dependencies,
+        "listing": listing,
+        **describe_program(parser.command()),
+        "processes": num_processes,
+        "device": device,
+    }
+    folder.check_usable(dependencies, steps)
+    if not folder.is_complete(steps):
+        train_and_draw(options, photos, folder, description, steps)
+    if launch.is_first_process():
+        print(f"{folder.root} is complete: {steps} steps; look at {folder.root / PREVIEW_FILE}, then run")
+        print(f"python generation.py --data_name={name_folder(folder)}")
+
+
+def count_steps(num_pictures: int, effective_batch: int, requested: int | None) -> int:
+    """Return the number of training steps: those that are requested, or Diff-Mix's budget."""
+    return requested or max(MIN_STEPS, math.ceil(PASSES * num_pictures / effective_batch))
+
+
+def name_folder(folder: TrainingFolder) -> str:
+    """Return the folder as a --data_name, quoted for a shell."""
+    name = folder.root.as_posix()
+    return shlex.quote(f"./{name}" if name in META_CLASSES else name)
+
+
+def describe_size(
+    photos: Photos, steps: int, effective_batch: int, options: argparse.Namespace, num_processes: int
+) -> None:
+    """Print the size of the data set and of the training."""
+    for note in photos.notes:
+        script.say(note)
+    names = photos.class_names
+    script.say(
+        f"{len(names)} classes ({names[0]!r} to {names[-1]!r}), {len(photos.files)} pictures; "
+        f"{steps} steps of {effective_batch} pictures ({options.train_batch_size} in a batch x "
+        f"{options.gradient_accumulation_steps} accumulated x {num_processes} processes): "
+        f"{steps * effective_batch / len(photos.files):.1f} passes"
+    )
+
+
+def check_pictures(photos: Photos, resolution: int, folder: TrainingFolder, listing: str) -> str:
+    """Return the fingerprint of the pictures, after a check of each one unless an earlier run has checked them."""
+    if folder.record.get("listing") == listing:
+        return str(folder.record["options"].get("pictures"))
+    for note in check_photos(photos.files, photos.labels, resolution):
+        script.say(note)
+    return fingerprint_files(photos.root, photos.files)
+
+
+def train_and_draw(
+    options: argparse.Namespace, photos: Photos, folder: TrainingFolder, description: dict[str, Any], steps: int
+) -> None:
+    """Train the remaining steps, write the checkpoint, draw the preview."""
+    script.say("loading the libraries and the model")
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    from .preview import draw_preview
+    from .trainer import NotFiniteError, create_accelerator
+
+    dependencies = description["options"]
+    drawing = {name: description[name] for name in ("model", "device")} | {"batch_size": options.train_batch_size}
+    recipe = Recipe(**{name: dependencies[name] for name in RECIPE if name in dependencies})
+
+    # Connect the processes, and see that they train the same
+    accelerator = create_accelerator(description["device"], recipe.dtype)
+    if accelerator.num_processes != description["processes"]:
+        raise InputError("several processes need cuda or cpu; start one process for another device", "device")
+    for others in gather_object([dependencies]):  # another machine may have other files
+        differences = describe_differences(others, dependencies)
+        if differences:
+            raise InputError(f"the processes have another {differences}; use the same command and files in all of them")
+
+    # Train and draw
+    try:
+        (needs_training,) = broadcast_object_list([folder.checkpoint_steps < steps])
+        if needs_training:
+            train(options, recipe, photos, folder, description, accelerator, steps, drawing)
+        if accelerator.is_main_process:
+            accelerator.free_memory()
+            folder.latents_file.unlink(missing_ok=True)
+            draw_preview(folder.root / PREVIEW_FILE, recipe, photos, **drawing)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()  # without it, a process may abort at its end
+    except NotFiniteError:
+        if accelerator.is_main_process:
+            raise
+        raise SystemExit(1) from None  # the main process prints the same message
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise RunError(
+                f"out of memory with --train_batch_size={options.train_batch_size}; halve it and double "
+                "--gradient_accumulation_steps, which gives the same weights, or use --gradient_checkpointing"
+            ) from error
+        raise
+
+
+def train(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    photos: Photos,
+    folder: TrainingFolder,
+    description: dict[str, Any],
+    accelerator: Any,
+    steps: int,
+    drawing: dict[str, Any],
+) -> None:
+    """Train from the newest state; write a state and the checkpoint at each interval and at the end."""
+    from accelerate.utils import broadcast_object_list
+    from tqdm import tqdm
+
+    from .preview import draw_preview
+    from .trainer import Trainer
+
+    # The model, before anything is written: it may be refused
+    trainer = Trainer(
+        recipe,
+        photos,
+        accelerator,
+        model=description["model"],
+        batch_size=options.train_batch_size,
+        accumulated=options.gradient_accumulation_steps,
+        checkpoints_gradients=options.gradient_checkpointing,
+    )
+
+    # The newest state
+    is_main = accelerator.is_main_process
+    first, state = 0, {}  # type: int, dict[str, Any]
+    if is_main:
+        folder.begin(description)
+        first, state = folder.find_state()
+    (first,) = broadcast_object_list([first])
+    if first:
+        state = state or folder.read_state(first)
+        trainer.load_state(state)
+        script.say(f"continuing after step {first}")
+    losses: list[float] = state.get("losses", [])
+    classes = {"classes": list(photos.class_names), "meta_class": recipe.meta_class}
+    if is_main and first and folder.checkpoint_steps != first:  # stopped between the state and the checkpoint
+        folder.write_checkpoint(first, losses, classes, trainer.save)
+
+    # The latents of all pictures
+    trainer.latents.encode(folder.latents_file, json.dumps(description["options"]))
+
+    with (
+        tqdm(total=steps, initial=first, unit="step", disable=not is_main, smoothing=0.05) as bar,
+        script.deferring_signals(),  # the first one ends the run after a step, with a state
+    ):
+        for step in range(first, steps):
+            # A preview where one is due
+            preview = f"preview_{step:05d}.png"
+            is_due = options.preview_steps and step and step % options.preview_steps == 0
+            if is_main and is_due and not (folder.root / preview).exists():
+                draw_preview(folder.root / preview, recipe, photos, **drawing)
+
+            # A step
+            loss, is_stopping = trainer.step(step, script.is_stopping())
+            losses.append(float(f"{loss:.6g}"))
+            done = step + 1
+
+            # A state and the checkpoint where they are due
+            is_interval = done % options.checkpointing_steps == 0 or done % (options.preview_steps or steps) == 0
+            if is_main and (is_interval or is_stopping or done == steps):
+                folder.write_state(done, {**trainer.state(), "losses": losses})
+                folder.write_checkpoint(done, losses, classes, trainer.save)
+            if is_stopping:
+                script.say(f"step {done} is saved; look: python generation.py --data_name={name_folder(folder)}")
+                accelerator.wait_for_everyone()  # for the state: a launcher ends the others once one has ended
+                raise script.Stopped
+
+            # Progress
+            bar.update()
+            recent = losses[-SMOOTHED_OVER:]
+            pictures = recipe.effective_batch * (bar.format_dict["rate"] or 0)
+            bar.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}, {pictures:.1f} pictures/s", refresh=False)
+
+
+if __name__ == "__main__":
+    script.run(main)

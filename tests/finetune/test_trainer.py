@@ -1,0 +1,250 @@
+"""The training is Diff-Mix's: what is trained, from what, and in which steps."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import RANK, write_photos
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from finetuning import (
+    ROUNDING_UNDER_ADAM,
+    SORTED_NAMES,
+    STEPS,
+    create_trainer,
+    difference,
+    finetune,
+    weights_of,
+)
+from PIL import ImageOps
+
+from noisecutmix.errors import RunError
+from noisecutmix.finetune.samples import plan_sample
+from noisecutmix.finetune.trainer import create_accelerator
+from noisecutmix.photos import find_photos
+from noisecutmix.photos.opening import crop_square, open_photo
+
+
+def test_only_the_lora_and_the_new_rows_are_trained(tiny_model, photos):
+    before = torch.random.get_rng_state()
+    trainer = create_trainer(tiny_model, photos)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    model = trainer._model
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * len(trainer.lora) + 1
+    assert all(".lora_" in name or name.endswith(".rows") for name in trained)
+    layers = {f"unet.{name}" for name, _ in model.unet.named_modules() if re.search(r"\.to_(q|k|v|out\.0)$", name)}
+    assert {f"unet.{name}" for name in trainer.lora} == layers
+    downs = torch.cat([down.flatten() for down, _ in trainer.lora.values()])
+    assert downs.std().item() == pytest.approx(1 / RANK, rel=0.05)
+    assert not any(up.any() for _, up in trainer.lora.values())
+    trainer.latents.encode(photos.parent / "only.bin", "")
+    trainer.step(0)
+    moments = trainer.state()["optimizer"]["state"].values()
+    assert sum(moment["exp_avg"].numel() for moment in moments) == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+
+
+def test_a_row_is_initialised_as_the_mean_of_the_tokens_of_its_name(tiny_model, photos):
+    trainer = create_trainer(tiny_model, photos)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    table = pipe.text_encoder.get_input_embeddings().weight
+    for name, row in zip(SORTED_NAMES, trainer.rows):
+        ids = pipe.tokenizer(name, add_special_tokens=False).input_ids
+        assert torch.allclose(row, table[ids].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (["001.Red_kite", "002.Blue_jay", "010.Heron"], ["Red kite", "Blue jay", "Heron"]),
+        (["n02085620-Chihuahua", "n02085782-Red_kite"], ["Chihuahua", "Red kite"]),
+        (["3 kings", "three kings"], ["3 kings", "three kings"]),
+        (["737-300", "737-400"], ["737-300", "737-400"]),
+        (["3 series", "5 series"], ["3 series", "5 series"]),
+    ],
+)
+def test_a_row_starts_without_the_numbers_of_a_data_sets_folders(tiny_model, tmp_path, folders, words):
+    """Unless it is a part of the name: where other names have none, or where nothing else tells the classes apart."""
+    trainer = create_trainer(tiny_model, write_photos(tmp_path / "photos", folders, count=1))
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    table = pipe.text_encoder.get_input_embeddings().weight
+    for name, row in zip(words, trainer.rows):
+        assert torch.allclose(row, table[pipe.tokenizer(name, add_special_tokens=False).input_ids].mean(0))
+
+
+def test_long_class_names_raise_no_warning(tiny_model, tmp_path, capfd):
+    write_photos(tmp_path / "photos", ["a" * 90, "b" * 90], count=1)
+    create_trainer(tiny_model, tmp_path / "photos")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("part", ["lora", "rows"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny_model, photos, tmp_path, part, value):
+    trainer = create_trainer(tiny_model, photos)
+    trainer.latents.encode(tmp_path / "latents.bin", "")
+    weight = trainer.rows if part == "rows" else next(iter(trainer.lora.values()))[1]
+    weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+    with pytest.raises(RunError, match="the gradient of step 1 is not finite; use another output_dir and lower"):
+        trainer.step(0)
+
+
+def test_a_loss_scaler_skips_a_step_that_overflows(tiny_model, photos, tmp_path):
+    """As with float16 on a GPU, where this is normal."""
+    accelerator = create_accelerator("cpu", "float32")
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer = create_trainer(tiny_model, photos, accelerator)
+    trainer.latents.encode(tmp_path / "latents.bin", "")
+    before, scale = trainer.rows.detach().clone(), accelerator.scaler.get_scale()
+    hook = trainer.rows.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    trainer.step(0)
+    assert torch.equal(trainer.rows, before) and accelerator.scaler.get_scale() == scale / 2
+    hook.remove()
+    trainer.step(1)
+    assert not torch.equal(trainer.rows, before)
+    assert trainer.state()["scaler"]["scale"] == scale / 2
+
+
+@pytest.mark.parametrize("part", ["lora", "rows", "moments"])
+def test_a_state_that_is_not_finite_is_never_written(tiny_model, photos, tmp_path, part):
+    trainer = create_trainer(tiny_model, photos)
+    trainer.latents.encode(tmp_path / "latents.bin", "")
+    trainer.step(0)
+    parts = {
+        "lora": next(iter(trainer.lora.values()))[1],
+        "rows": trainer.rows,
+        "moments": trainer.state()["optimizer"]["state"][0]["exp_avg_sq"],
+    }
+    with torch.no_grad():
+        parts[part].view(-1)[0] = float("inf")
+    with pytest.raises(RunError, match="a trained weight is not finite"):
+        trainer.state()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_step_equals_that_of_a_plain_loop(tiny_model, photos, tmp_path, prediction_type):
+    """As in Diff-Mix, the loop encodes in each step, trains the whole table and restores its old rows."""
+    model = shutil.copytree(tiny_model, tmp_path / "base")
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    (model / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**config, "prediction_type": prediction_type})
+    )
+    trainer = create_trainer(model, photos, learning_rate=1e-2, lr_scheduler="linear")
+    trainer.latents.encode(tmp_path / "latents.bin", "")
+
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe.unet.requires_grad_(False)
+    tokens = [f"<class_{label}>" for label in range(3)]
+    pipe.tokenizer.add_tokens(tokens)
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    table = pipe.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        table[-3:] = trainer.rows
+    old_rows = table[:-3].detach().clone()
+    halves = {name: [half.detach().clone().requires_grad_() for half in pair] for name, pair in trainer.lora.items()}
+    optimizer = torch.optim.AdamW(
+        [{"params": [half for pair in halves.values() for half in pair], "lr": 1e-2}, {"params": [table], "lr": 1e-3}]
+    )
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    found = find_photos(photos)
+    for step in range(2):
+        for group, rate in zip(optimizer.param_groups, (1e-2, 1e-3)):
+            group["lr"] = rate * (1 - step / STEPS)
+        samples = [plan_sample(0, 4 * step + i, 9, 1000, (4, 8, 8), True) for i in range(4)]
+        images = [crop_square(open_photo(found.files[sample.picture]), 16) for sample in samples]
+        images = [ImageOps.mirror(image) if sample.view[1] else image for image, sample in zip(images, samples)]
+        pixels = torch.stack([torch.tensor(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
+        captions = [f"a photo of a <class_{found.labels[sample.picture]}> bird" for sample in samples]
+        ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            posterior = pipe.vae.encode(pixels).latent_dist
+            latents = posterior.mean + posterior.std * torch.stack([sample.posterior_noise for sample in samples])
+            latents *= pipe.vae.config.scaling_factor
+        noise = torch.stack([sample.noise for sample in samples])
+        timesteps = torch.tensor([sample.timestep for sample in samples])
+        target = noise if prediction_type == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        changed = {
+            f"{name}.weight": pipe.unet.get_submodule(name).weight + up @ down for name, (down, up) in halves.items()
+        }
+        inputs = (noisy, timesteps, pipe.text_encoder(ids)[0])
+        loss = F.mse_loss(torch.func.functional_call(pipe.unet, changed, inputs).sample, target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            table[:-3] = old_rows
+        assert trainer.step(step) == (pytest.approx(loss.item(), rel=1e-5), False)
+    for name, pair in halves.items():
+        for half, expected in zip(trainer.lora[name], pair):
+            assert (half - expected).abs().mean() < 1e-5 < half.std()
+    assert (trainer.rows - table[-3:]).abs().mean() < 1e-6
+
+
+def test_every_pass_shows_every_picture_once():
+    passes = [[plan_sample(7, 10 * turn + i, 10, 1000, (1,), True) for i in range(10)] for turn in range(20)]
+    for samples in passes:
+        assert sorted(sample.picture for sample in samples) == list(range(10))
+    everything = [sample for samples in passes for sample in samples]
+    assert len({tuple(sample.picture for sample in samples) for samples in passes}) == 20
+    assert 0.35 < np.mean([sample.view[1] for sample in everything]) < 0.65
+    assert np.mean([sample.timestep for sample in everything]) == pytest.approx(500, abs=70)
+    assert len({sample.noise.item() for sample in everything}) == 200
+
+
+def test_mirror_images_are_encoded(tiny_model, photos, tmp_path):
+    trainer = create_trainer(tiny_model, photos)
+    trainer.latents.encode(tmp_path / "latents.bin", "")
+    vae = StableDiffusionPipeline.from_pretrained(tiny_model).vae
+    image = ImageOps.mirror(crop_square(open_photo(find_photos(photos).files[5]), 16))
+    pixels = torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    assert torch.allclose(trainer.latents._encoded[5, 1, 0], posterior.mean[0], atol=1e-5)
+    assert torch.allclose(trainer.latents._encoded[5, 1, 1], posterior.std[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_few_pictures_are_encoded_at_once(tiny_model, photos, tmp_path, random_crop):
+    """No more than four of 512x512, whatever the batch, so that encoding needs less memory than training."""
+    trainer = create_trainer(tiny_model, photos, resolution=256, random_crop=random_crop)
+    encoder, counts = trainer.latents._vae.encoder, []
+    encoder.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    trainer.latents.encode(tmp_path / "latents.bin", "")
+    if random_crop:
+        trainer.latents.of([(number % 9, False, 0.5) for number in range(20)])
+    assert max(counts) == 16 and sum(counts) == (20 if random_crop else 18)
+
+
+def test_random_crops_are_read_while_the_batch_before_is_trained(tiny_model, photos, monkeypatch):
+    opened = []
+    monkeypatch.setattr("noisecutmix.finetune.samples.open_photo", lambda file: opened.append(file) or open_photo(file))
+    trainer = create_trainer(tiny_model, photos, random_crop=True, batch_size=2, accumulated=2)
+    for step in range(3):
+        trainer.step(step)
+    trainer.latents._pool.shutdown()
+    order = [plan_sample(0, index, 9, 1000, (1,), True).picture for index in range(3 * 4 + 2)]
+    assert sorted(opened) == sorted(find_photos(photos).files[picture] for picture in order)
+
+
+@pytest.mark.parametrize(
+    "more", [["--gradient_accumulation_steps=2", "--train_batch_size=2"], ["--gradient_checkpointing"]]
+)
+def test_memory_can_be_saved_without_changing_what_is_trained(tmp_path, flags, trained, more):
+    finetune(tmp_path, *flags, *more)
+    assert difference(tmp_path / "out", trained) < ROUNDING_UNDER_ADAM
+
+
+@pytest.mark.parametrize(
+    "more", [["--dtype=bfloat16"], ["--random_crop"], ["--no_random_flip"], ["--seed=1"], ["--lr_scheduler=cosine"]]
+)
+def test_options_change_what_is_trained(tmp_path, flags, trained, more):
+    finetune(tmp_path, *flags, *more)
+    assert ROUNDING_UNDER_ADAM < difference(tmp_path / "out", trained) < 1
+    assert all(tensor.dtype == torch.float32 for tensor in weights_of(tmp_path / "out").values())
