@@ -22,7 +22,7 @@ from conftest import (
 )
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
@@ -93,6 +93,9 @@ PEFT_SETTINGS = {
     "rank-stabilised": {"r": 4, "lora_alpha": 16, "use_rslora": True},
     "alpha pattern": {"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": 12, "attn2.to_k": 2}},
     "rank pattern": {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_v": 6, "attn1.to_q": 2}},
+    # these change the base weights in a way that peft repeats when it loads them
+    "pissa": {"r": 4, "lora_alpha": 8, "init_lora_weights": "pissa"},
+    "olora": {"r": 4, "lora_alpha": 8, "init_lora_weights": "olora"},
 }
 
 
@@ -175,6 +178,17 @@ def test_peft_keys_without_their_settings_are_refused(tiny_model, unet, tmp_path
         ({"peft_type": "LOHA"}, "is a LOHA"),
         ({"use_dora": True}, "is a DoRA"),
         ({"r": 5}, "does not fit the UNet"),
+        # peft 0.21.2: a start by randomised SVD is another one when it is loaded, with an error of 1.0
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "starts with pissa_niter_4, from base weights that",
+        ),
+        ({"init_lora_weights": "loftq"}, "starts with loftq"),
+        ({"init_lora_weights": "corda"}, "starts with corda"),
+        ({"init_lora_weights": "lora_ga"}, "starts with lora_ga"),
+        ({"target_parameters": ["to_q.weight"]}, "LoRAs with target_parameters are not read"),
+        ({"alora_invocation_tokens": [1]}, "LoRAs with alora_invocation_tokens are not read"),
+        ({"rank_pattern": [1]}, "does not fit the UNet"),
         ({"setting_of_tomorrow": 1}, "setting_of_tomorrow"),
         ("[", "settings cannot be read"),
         ("[]", "settings cannot be read"),
@@ -186,6 +200,53 @@ def test_settings_that_cannot_be_applied_are_refused(tiny_model, unet, tmp_path,
     file = tmp_path / "adapter_config.json"
     file.write_text(change if isinstance(change, str) else json.dumps(json.loads(file.read_text()) | change))
     assert message in refusal_of(tiny_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"setting_of_tomorrow": None},
+        {"setting_of_tomorrow": False},
+        {"rank_pattern": None, "alpha_pattern": None},
+        {"enable_lora": None, "merge_weights": False},  # of peft 0.1
+        {"init_lora_weights": "eva"},  # found from data, and all of it is in the LoRA
+        {"peft_type": None},
+    ],
+)
+def test_settings_of_other_versions_of_peft_change_nothing(tiny_model, unet, tmp_path, change):
+    merged = save_with_peft(unet, tmp_path, r=4, lora_alpha=16)
+    write_embeddings(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), merged)
+
+
+@pytest.mark.parametrize("prefix", ["unet.", ""])
+@pytest.mark.parametrize("kind", [LoKrConfig, LoHaConfig, OFTConfig, IA3Config])
+def test_what_is_no_down_and_up_matrices_is_refused(tiny_model, unet, tmp_path, kind, prefix):
+    """diffusers 0.42 loads a LoKr without its settings, at a wrong strength."""
+    more = (
+        {"oft_block_size": 4, "r": 0} if kind is OFTConfig else {"feedforward_modules": []} if kind is IA3Config else {}
+    )
+    get_peft_model(unet, kind(target_modules=["to_q", "to_v"], **more)).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({prefix + name.removeprefix("base_model.model."): t for name, t in tensors.items()}, tmp_path / LORA)
+    write_embeddings(tmp_path)
+    refusal = refusal_of(tiny_model, tmp_path)
+    assert "nothing in the UNet takes " in refusal and "only down and up matrices are read" in refusal
+
+
+def test_a_plain_lora_of_lycoris_is_read_like_one_of_kohya(tiny_model, tiny_lora, tmp_path):
+    kohya = in_kohya_keys(tiny_lora)
+    write_checkpoint(tmp_path / "kohya", kohya)
+    write_checkpoint(tmp_path / "lycoris", {name.replace("lora_unet_", "lycoris_"): t for name, t in kohya.items()})
+    expected, actual = (load_pipeline(str(tiny_model), tmp_path / name, "cpu").unet for name in ("kohya", "lycoris"))
+    assert_weights_are(actual.state_dict(), expected.state_dict())
+    name = next(name for name in kohya if name.endswith("lora_down.weight")).replace("lora_unet_", "lycoris_")
+    mid = name.replace("lora_down", "lora_mid")
+    write_checkpoint(tmp_path / "mid", {**load_file(tmp_path / "lycoris" / LORA), mid: torch.ones(2, 2)})
+    assert "lora_mid.weight; only down and up matrices are read" in refusal_of(tiny_model, tmp_path / "mid")
 
 
 def test_a_dora_is_refused(tiny_model, unet, tiny_lora, tmp_path):
@@ -518,6 +579,8 @@ REFUSALS = {
     "two names alike": (learned(name2placeholder={"a b": "<class_0>", "a_b": "<class_1>"}), "differ only in spaces"),
     "embedding too wide": (embeddings_of(torch.zeros(TINY_WIDTH + 1)), r"shape \(33,\)"),
     "embedding not finite": (embeddings_of(torch.full((TINY_WIDTH,), torch.inf)), "<class_0> is not finite"),
+    "embedding sparse": (embeddings_of(torch.zeros(TINY_WIDTH).to_sparse()), "is not finite, or not dense"),
+    "embedding without data": (embeddings_of(torch.zeros(TINY_WIDTH, device="meta")), "is not finite, or not dense"),
     "embedding no tensor": (embeddings_of("0.5"), "is not a tensor"),
     "token known already": (embeddings_of(torch.zeros(TINY_WIDTH), token="a</w>"), "already has the token a</w>"),
 }

@@ -151,7 +151,7 @@ def test_an_extended_data_set_equals_one_drawn_at_once(whole, tmp_path, tiny_arg
         ("--seed=1", "seed (0 there, 1 now)"),
         ("--guidance_scale=3", "guidance_scale"),
         ("--prompt=one {name}", "prompt (a photo of a {name} {meta_class} there, one {name} now)"),
-        (["--alpha=2", "--seed=1"], "seed (0 there, 1 now), alpha (1.0 there, 2.0 now)"),
+        (["--alpha=2", "--seed=1"], "alpha (1.0 there, 2.0 now), seed (0 there, 1 now)"),
         ("--num_aug=19", "--num_aug: out has 20 items, and its file names"),
     ],
 )
@@ -312,7 +312,7 @@ def test_a_picture_that_is_not_finite_is_named_and_not_written(tmp_path, tiny_ar
         return decode(self, latents)
 
     monkeypatch.setattr(NoiseCutMixPipeline, "_decode", overflow)
-    with pytest.raises(RunError, match=r"a picture is not finite.*--dtype=bfloat16"):
+    with pytest.raises(RunError, match=r"a picture is not finite.*dtype=bfloat16"):
         run_to_the_end(tmp_path, tiny_arguments, 3)
     assert not list((tmp_path / "out" / "image").iterdir())
 

@@ -288,6 +288,4 @@ def read_row(row: str) -> tuple[str, str]:
 
 
 def describe_weak_reference(top1: float) -> str:
-    return (
-        f"row none has a test accuracy of {top1:.0f} %, which is too little to measure the loss of augmented pictures"
-    )
+    return f"row none has a test accuracy of {top1:.0f} %, too little to tell which augmented pictures are wrong"

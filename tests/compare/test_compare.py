@@ -228,13 +228,13 @@ def test_a_start_that_fails_leaves_a_folder_that_can_be_used(folder, monkeypatch
 
     arguments = ["--rows", "none", "cutmix", "--epochs=1", "--seeds=1"]
     with monkeypatch.context() as context, pytest.raises(OSError, match="No space"):
-        context.setattr("noisecutmix.files.create_file", fail)
+        context.setattr("noisecutmix.compare.comparison.create_file", fail)
         classify(folder, *arguments)
     classify(folder, *arguments)
 
 
 def test_predictions_that_are_not_finite_are_no_result(folder):
-    with pytest.raises(RunError, match=r"not finite; use a lower --learning_rate or --dtype=bfloat16"):
+    with pytest.raises(RunError, match=r"not finite; use a lower learning_rate or dtype=bfloat16"):
         classify(folder, "--rows", "none", "cutmix", "--batch_size=24", "--epochs=1", "--learning_rate=1e6")
     assert not list((folder / "out" / "results").glob("*.json"))
 
@@ -283,9 +283,9 @@ def test_a_classifier_that_saw_too_little_judges_nothing(folder):
         shutil.rmtree(folder / part)
         write_photos(folder / part, NAMES)
     classify(folder, "--augmented=ours=aug", "--rows", "none", "cutmix", "--seeds=1", "--epochs=1", "--learning_rate=0")
-    assert "too little to judge" in (folder / "out" / "results.md").read_text(encoding="utf-8")
-    assert not list((folder / "out").glob("doubtful*")) and not list((folder / "out").glob("scores*"))
-    with pytest.raises(RunError, match=r"too little to judge .*without --keep"):
+    assert "too little to tell which augmented" in (folder / "out" / "results.md").read_text(encoding="utf-8")
+    assert not list((folder / "out").glob("highest_loss*")) and not list((folder / "out").glob("losses*"))
+    with pytest.raises(RunError, match=r"too little to tell which .*without --keep"):
         classify(
             folder,
             "--augmented=ours=aug",
