@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import DIGITS, as_command_line, write_photos
+from conftest import DIGITS, ROOT, as_command_line, write_photos
 
 from noisecutmix import cli
 from noisecutmix.compare import __main__ as compare
@@ -124,7 +124,7 @@ def store(folder, command, options):
 @pytest.mark.parametrize("command", ["augmentation.py", "noisecutmix.finetune"])
 def test_a_record_of_an_earlier_version_is_that_of_now(folder, monkeypatch, command):
     *_, options = COMMANDS[command]
-    monkeypatch.setattr(finetune, "fingerprint_files", lambda *_: "of these pictures")
+    monkeypatch.setattr("noisecutmix.finetune.folder.fingerprint_files", lambda *_: "of these pictures")
     stored = {**options, "pictures": "of these pictures"} if command == "noisecutmix.finetune" else options
     store(folder, command, stored)
     there, now = run(command, folder, monkeypatch)

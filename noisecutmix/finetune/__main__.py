@@ -18,10 +18,10 @@ from ..cli import Parser, add_machine_flags, as_model, as_number, as_path, as_te
 from ..errors import InputError, RunError, is_out_of_memory
 from ..files import check_writable, describe_differences, describe_program
 from ..folder import PREVIEW_FILE
-from ..photos import Photos, check_photos, find_photos
+from ..photos import Photos, find_photos
 from ..ranges import RANGES, Range
-from ..sources import fingerprint_files, fingerprint_model
-from .folder import Recipe, TrainingFolder, describe_listing
+from ..sources import fingerprint_model
+from .folder import Recipe, TrainingFolder, check_pictures, describe_listing
 
 PASSES, MIN_STEPS = 47, 1000  # Diff-Mix's budget for CUB: 280,000 pictures over 5,994
 SMOOTHED_OVER = 50  # steps, over which the displayed loss is averaged
@@ -103,12 +103,16 @@ def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namesp
 def main() -> None:
     parser = create_parser()
     options = parse(parser)
+
+    # What is trained, and how long
     num_processes = launch.count_group()
     photos = find_photos(options.data_dir, options.examples_per_class, options.seed)
     folder = TrainingFolder(options.output_dir)
     effective_batch = options.train_batch_size * options.gradient_accumulation_steps * num_processes
     steps = count_steps(len(photos.files), effective_batch, options.max_train_steps)
     describe_size(photos, steps, effective_batch, options, num_processes)
+
+    # All that the weights depend on
     device = script.choose_device(options.device)
     dtype = launch.choose_training_dtype(device, options.dtype)
     listing = describe_listing(photos)
@@ -133,6 +137,8 @@ def main() -> None:
         "processes": num_processes,
         "device": device,
     }
+
+    # Train what is missing
     folder.check_usable(dependencies, steps)
     if not folder.is_complete(steps):
         train_and_draw(options, photos, folder, description, steps)
@@ -165,15 +171,6 @@ def describe_size(
         f"{options.gradient_accumulation_steps} accumulated x {num_processes} processes): "
         f"{steps * effective_batch / len(photos.files):.1f} passes"
     )
-
-
-def check_pictures(photos: Photos, resolution: int, folder: TrainingFolder, listing: str) -> str:
-    """Return the fingerprint of the pictures, after a check of each one unless an earlier run has checked them."""
-    if folder.record.get("listing") == listing:
-        return str(folder.record["options"].get("pictures"))
-    for note in check_photos(photos.files, photos.labels, resolution):
-        script.say(note)
-    return fingerprint_files(photos.root, photos.files)
 
 
 def train_and_draw(

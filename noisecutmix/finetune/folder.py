@@ -12,8 +12,9 @@ from ..classes import CLASSES_FILE, EMBEDDINGS_FILE, FINETUNE_FILE, LORA_FILE
 from ..errors import InputError
 from ..files import atomic_file, check_same, create_file, read_record
 from ..folder import PREVIEW_FILE
-from ..photos import Photos
+from ..photos import Photos, check_photos
 from ..script import say
+from ..sources import fingerprint_files
 
 LATENTS_FILE = "latents.bin"
 CHECKPOINT = (LORA_FILE, EMBEDDINGS_FILE, CLASSES_FILE)
@@ -179,6 +180,15 @@ def describe_listing(photos: Photos) -> str:
         name = file.relative_to(photos.root).as_posix()
         digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def check_pictures(photos: Photos, resolution: int, folder: TrainingFolder, listing: str) -> str:
+    """Return the fingerprint of the pictures, after a check of each one unless an earlier run has checked them."""
+    if folder.record.get("listing") == listing:
+        return str(folder.record["options"].get("pictures"))
+    for note in check_photos(photos.files, photos.labels, resolution):
+        say(note)
+    return fingerprint_files(photos.root, photos.files)
 
 
 def _encode(content: dict[str, Any]) -> bytes:
