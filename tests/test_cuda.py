@@ -337,8 +337,10 @@ def test_the_dry_run_prints_a_row_for_each_batch():
 
 
 def sizes_in_readme(heading):
-    """Return {GB of a card: batch size} of a row in README's tables."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Return {GB of a card: batch size} of a row in a README's tables."""
+    readme = "".join(
+        (ROOT / file).read_text(encoding="utf-8") for file in ("README.md", "noisecutmix/finetune/README.md")
+    )
     (row,) = re.findall(rf"^\| {re.escape(heading)} \|((?: \d+ \|){{5}})$", readme, flags=re.MULTILINE)
     return dict(zip(CARDS, map(int, re.findall(r"\d+", row))))
 

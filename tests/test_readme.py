@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 
 import numpy as np
@@ -16,8 +17,11 @@ from PIL import Image
 
 from noisecutmix.cli import create_augmentation_parser, create_generation_parser
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+(?: \w+)?)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+FILES = ("README.md", "noisecutmix/finetune/README.md", "noisecutmix/compare/README.md", "tests/README.md")
+TEXTS = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
+README = TEXTS["README.md"]
+BLOCK = re.compile(r"^```(\w+(?: \w+)?)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = [block for text in TEXTS.values() for block in BLOCK.findall(text)]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 SCRIPTS = {"augmentation.py": create_augmentation_parser(), "generation.py": create_generation_parser()}
 TOOLS = {
@@ -87,10 +91,9 @@ def test_the_first_command_writes_the_documented_files(first_command):
 def test_snippets_run(first_command, monkeypatch, number):
     code = PYTHON[number]
     assert len(code.splitlines()) <= 25
+    monkeypatch.chdir(first_command[0])
     if "ckpts/" in code:
-        monkeypatch.chdir(ROOT)
-    else:
-        monkeypatch.chdir(first_command[0])
+        shutil.copytree(ROOT / "ckpts" / "digits", "ckpts/digits")
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
@@ -113,16 +116,21 @@ def test_every_flag_is_in_the_table():
                 assert f"`{action.option_strings[0]}`" in table, f"{script} {action.option_strings[0]}"
 
 
-def test_local_links_resolve():
-    anchors = {
-        re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
-        for title in re.findall(r"^#+ (.*)", README, flags=re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif "://" not in target:
-            assert (ROOT / target).exists(), target
+def anchors_of(file):
+    titles = re.findall(r"^#+ (.*)", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_local_links_resolve(file):
+    for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", TEXTS[file]):
+        path, _, anchor = "".join(target).partition("#")
+        if "://" not in path:
+            there = (ROOT / file).parent / path if path else ROOT / file
+            assert there.exists(), target
+            if anchor:
+                place = there / "README.md" if there.is_dir() else there
+                assert anchor in anchors_of(place.resolve().relative_to(ROOT)), target
 
 
 def test_the_package_lists_its_public_names():

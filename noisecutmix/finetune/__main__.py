@@ -35,9 +35,7 @@ NOT_OF_WEIGHTS = (
 
 
 def create_parser() -> Parser:
-    parser = Parser(
-        description="Fine-tune on pictures, one folder per class. After a stop, the same command continues the run."
-    )
+    parser = Parser(description="Fine-tune on pictures, one folder per class. The same command continues after a stop.")
     default = " (default: %(default)s)"
     add = parser.add_argument_group("pictures").add_argument
     add("--data_dir", type=as_path, required=True, metavar="DIR", help="folder with one folder of pictures per class")
@@ -93,9 +91,7 @@ def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namesp
     check_model(options.model, options.resolution)
     output_dir, data_dir = options.output_dir.resolve(), options.data_dir.resolve()
     if data_dir in (output_dir, *output_dir.parents):
-        raise InputError(
-            f"{options.output_dir} lies in --data_dir, where each folder is a class; choose another", "output_dir"
-        )
+        raise InputError(f"{options.output_dir} lies in --data_dir, where each folder is a class", "output_dir")
     check_writable(options.output_dir)
     return options
 
