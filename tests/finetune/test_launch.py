@@ -22,13 +22,20 @@ from noisecutmix.plan import Item
 
 
 def start_finetuning(start, *arguments, launcher=(), **environment):
-    script, *arguments = command(SCRIPT, *arguments, "--output_dir=out")[1:]
-    return start([sys.executable, *launcher, script, *arguments], **environment)
+    arguments = command(SCRIPT, *arguments, "--output_dir=out")[1:]
+    return start([sys.executable, *launcher, *arguments], **environment)
 
 
 TWO_PROCESSES = (
     *("-m", "torch.distributed.run", "--nproc_per_node=2"),
     *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+)
+
+
+# with --cpu --num_processes=2, accelerate 1.15 starts one process, without a word
+ACCELERATE = (
+    *("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2"),
+    *("--main_process_port=0", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
 )
 
 
@@ -129,9 +136,10 @@ def test_of_two_runs_with_other_options_exactly_one_is_refused(tmp_path, flags, 
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path, flags, trained, start):
+@pytest.mark.parametrize("launcher", [TWO_PROCESSES, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_train_as_one_does(tmp_path, flags, trained, start, launcher):
     """Each process trains on its own half of the batch."""
-    process = start_finetuning(start, *flags, "--train_batch_size=2", launcher=TWO_PROCESSES)
+    process = start_finetuning(start, *flags, "--train_batch_size=2", launcher=launcher)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
@@ -144,7 +152,7 @@ def test_two_processes_print_one_error(tmp_path, flags, photos, start):
     truncate(shutil.copytree(photos, tmp_path / "birds") / CLASS_NAMES[1] / "0.png")
     process = start_finetuning(start, *flags, "--data_dir=birds", launcher=TWO_PROCESSES)
     _, errors = process.communicate(timeout=300)
-    lines = [line for line in errors.splitlines() if "finetune.py: error: " in line]
+    lines = [line for line in errors.splitlines() if "noisecutmix.finetune: error: " in line]
     assert len(lines) == 1 and "0.png cannot be read" in lines[0], errors
     assert not (tmp_path / "out").exists()
 
@@ -159,9 +167,8 @@ def test_mirrored_digits_are_learned(tmp_path):
         "noisecutmix.compare": ["--epochs=2"],
     }
     commands = [shlex.split(line)[2:] for line in readme_commands() if "mirrored" in line]
-    commands = [
-        [word for word in words if word not in ("-m", "--group", "dev", "--extra", "classify")] for words in commands
-    ]
+    options_of_uv = ("-m", "--group", "dev", "--extra", "classify")
+    commands = [[word for word in words if word not in options_of_uv] for words in commands]
     scripts = [
         "ckpts/digits/train.py",
         "noisecutmix.finetune",
