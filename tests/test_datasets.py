@@ -14,7 +14,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES, as_command_line
+from conftest import CLASS_NAMES, DIGITS, as_command_line, load_module
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
@@ -22,6 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from noisecutmix import AugmentedDataset, MixedDataset
 from noisecutmix.errors import InputError
+from noisecutmix.folder import OutputFolder
 from noisecutmix.plan import Plan, seed_sequence
 
 
@@ -537,3 +538,52 @@ def test_streams_of_seeds_do_not_meet():
         expected = np.random.SeedSequence([5, *numbers_after]).generate_state(4).tolist()
         assert seed_sequence(5, *numbers_after).generate_state(4).tolist() == expected
         assert seed_sequence(high, *numbers_after).generate_state(4).tolist() != expected
+
+
+def write_mirrored_digits(root):
+    """Write photos of mirrored digits, in folders named zero … nine, and an augmented set of others; return both."""
+    digits = load_module(DIGITS / "train.py")
+    images, labels, *_ = digits.load_split()
+    pictures = [Image.fromarray(picture) for picture in digits.enlarge(images[:, :, ::-1])]
+    for picture, label in zip(pictures[:400], labels[:400]):
+        class_folder = root / "photos" / digits.CLASS_NAMES[label]
+        class_folder.mkdir(parents=True, exist_ok=True)
+        picture.save(class_folder / f"{len(list(class_folder.iterdir()))}.png")
+    plan = Plan(0, 10, 1.0, 32, single_class=True)
+    folder = OutputFolder(root / "augmented", plan, 600, digits.CLASS_NAMES, {"class_names": digits.CLASS_NAMES})
+    folder.begin({"command": ["python"]})
+    unused = {label: [place for place in range(400, len(labels)) if labels[place] == label] for label in range(10)}
+    for item in plan.items(600):
+        place = unused[item.target][item.index % len(unused[item.target])]
+        folder.write(item, pictures[place].convert("RGB"))
+    folder.finish()
+    return root / "photos", root / "augmented"
+
+
+def train_linear(items):
+    """Return the weights (pixels, classes) of a linear classifier of (picture, soft label) items."""
+    pictures, labels = (torch.stack(part) for part in zip(*items))
+    weights = torch.zeros(pictures[0].numel(), labels.shape[1], requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=0.01)
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(pictures.flatten(1) @ weights, labels)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    return weights.detach()
+
+
+def test_a_classifier_of_photos_learns_from_augmented_pictures_alone(tmp_path):
+    """It names the photos right, in ImageFolder's order, which is not that of soft_label.npy."""
+    photos, augmented_dir = write_mirrored_digits(tmp_path)
+    real, augmented = ImageFolder(photos, to_tensor), AugmentedDataset(augmented_dir, to_tensor)
+    assert real.classes[0] == "eight" and augmented.class_names[0] == "zero"
+    pictures, labels = (torch.stack([picture for picture, _ in real]).flatten(1), torch.tensor(real.targets))
+
+    def accuracy(items):
+        return float(((pictures @ train_linear(items)).argmax(1) == labels).float().mean())
+
+    mixed = MixedDataset(real, augmented, 1.0)
+    assert accuracy([mixed[index] for index in range(len(mixed))]) > 0.8
+    in_order = AugmentedDataset(augmented_dir, to_tensor, class_names=real.classes)
+    assert accuracy([in_order[index] for index in range(600)]) > 0.8
+    # by position, as it was accepted before, one of ten classes keeps its column
+    assert accuracy([augmented[index] for index in range(600)]) < 0.3

@@ -96,7 +96,7 @@ def test_the_trainer_and_the_plain_loop_have_the_same_losses(tmp_path):
         folder=tmp_path,
     )  # fmt: skip
     results = json.loads((tmp_path / "out.json").read_text())
-    plain, ours = (results[way]["losses"] for way in ("plain", "finetune.py"))
+    plain, ours = (results[way]["losses"] for way in ("plain", "ours"))
     assert len(set(plain)) > 1
     # attention is computed in another order of operations, so to float32's rounding
     np.testing.assert_allclose(ours, plain, rtol=1e-4)

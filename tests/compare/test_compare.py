@@ -268,7 +268,7 @@ def test_classes_of_an_augmented_set_are_found_by_name(folder):
     np.testing.assert_array_equal(*(np.load(folder / "out" / f"losses_{name}.npy") for name in "ab"))
 
 
-def test_the_pictures_that_are_doubted_most_are_shown_and_left_out(folder):
+def test_the_pictures_of_the_highest_loss_are_shown_and_left_out(folder):
     wrong = (3, 11)
     write_augmented(folder / "half_wrong", wrong=wrong)
     rows = classify(folder, "--augmented=ours=half_wrong", "--keep=0.9", "--seeds=1")["rows"]
@@ -278,7 +278,7 @@ def test_the_pictures_that_are_doubted_most_are_shown_and_left_out(folder):
     assert Image.open(folder / "out" / "highest_loss_ours.png").width == 4 * (256 + 12) + 12
 
 
-def test_a_classifier_that_saw_too_little_judges_nothing(folder):
+def test_a_classifier_that_saw_too_little_is_no_reference(folder):
     for part in ("train", "test"):
         shutil.rmtree(folder / part)
         write_photos(folder / part, NAMES)
@@ -382,7 +382,7 @@ def test_weights_that_cannot_be_downloaded_are_one_line(folder, run_script):
 
 
 def test_a_part_of_each_class_is_kept_for_the_test(tmp_path):
-    """The training pictures are those that finetune.py chooses with the same number and seed."""
+    """The training pictures are those that fine-tuning chooses with the same number and seed."""
     write_photos(tmp_path, ["a", "b"], count=10)
     photos = find_photos(tmp_path)
     train, test = split_photos(photos, 0.3, seed=4)

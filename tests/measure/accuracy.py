@@ -108,7 +108,7 @@ class Experiment:
         self.images, self.test_images = digits.enlarge(train_images), digits.enlarge(test_images)
 
     def comparisons(self) -> dict[str, list[Path]]:
-        """Return, for each row of the table, the output folders of classify.py whose seeds make it up."""
+        """Return, for each row of the table, the output folders of the comparisons whose seeds make it up."""
         columns, work_dir = {}, self.work_dir  # type: dict[str, list[Path]], Path
         halves = [half for half in HALVES if half in self.options.parts]
         for count in (10, 20):
@@ -198,7 +198,7 @@ def compare(folders: Sequence[Path], seeds: int) -> dict[str, dict[str, Any]]:
 # The pictures themselves
 
 
-class Judge:
+class Reference:
     """The first classifier of row none that saw all training digits, and no generated picture."""
 
     def __init__(self, weights: Path):
@@ -266,7 +266,7 @@ def default_plan() -> Plan:
 
 
 def measure_label_fit(probabilities: np.ndarray, items: Sequence[Item]) -> list[dict[str, float]]:
-    """Return the judge's mean probability of target and aug class in ten bins of the target's share."""
+    """Return the reference classifier's mean probability of target and aug class in ten bins of the target's share."""
     bins = [[item for item in items if min(int(item.ratio * BINS), BINS - 1) == number] for number in range(BINS)]
     return [
         {
@@ -317,18 +317,18 @@ def format_table(summaries: dict[str, dict[str, dict[str, Any]]]) -> str:
 def measure(experiment: Experiment) -> dict[str, Any]:
     """Return all results, as JSON values."""
     comparisons, bundled = experiment.comparisons(), experiment.work_dir / BUNDLED
-    judge = Judge(bundled / "all" / "weights" / "none.safetensors")
+    reference = Reference(bundled / "all" / "weights" / "none.safetensors")
     plan = default_plan()
     items = list(plan.items(experiment.options.num_aug))
     generators = [*dict.fromkeys(answer.parent for answers in comparisons.values() for answer in answers), bundled]
     return {
         "accuracy": {column: compare(folders, experiment.options.seeds) for column, folders in comparisons.items()},
         "single_class_named": {
-            folder.relative_to(experiment.work_dir).as_posix(): judge.measure_named(folder / "stable_diffusion")
+            folder.relative_to(experiment.work_dir).as_posix(): reference.measure_named(folder / "stable_diffusion")
             for folder in generators
         },
         "seams": compare_seams(experiment, items),
-        "label_fit": measure_label_fit(judge(bundled / "noisecutmix"), items),
+        "label_fit": measure_label_fit(reference(bundled / "noisecutmix"), items),
     }
 
 

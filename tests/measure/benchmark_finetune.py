@@ -39,7 +39,7 @@ from noisecutmix.photos import find_photos
 from noisecutmix.photos.opening import crop_square, open_photo
 
 NUM_CLASSES, PICTURES_A_CLASS = 10, 2
-WAYS = ("plain", "finetune.py")
+WAYS = ("plain", "ours")
 
 
 @dataclass
@@ -235,7 +235,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
 
 def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     plain, ours = (results[way] for way in WAYS)
-    yield "| | plain | finetune.py | ratio |"
+    yield "| | plain | ours | ratio |"
     yield "|---|---|---|---|"
     medians = [statistics.median(way["steps_per_second"]) for way in (plain, ours)]
     cells = [
