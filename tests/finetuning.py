@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import CLASS_NAMES, RANK, as_command_line, write_photos
+from conftest import CLASS_NAMES, as_command_line, write_photos
+from random_models import RECIPE
 from safetensors.torch import load_file
 
-from noisecutmix.finetune.folder import Recipe
 from noisecutmix.finetune.trainer import Trainer, create_accelerator
 from noisecutmix.photos import find_photos
 
@@ -19,23 +19,14 @@ LORA, EMBEDDINGS = "pytorch_lora_weights.safetensors", "learned_embeds-steps-las
 SORTED_NAMES = sorted(CLASS_NAMES)
 STEPS = 12
 ROUNDING_UNDER_ADAM = 5e-4  # Adam divides by the gradient's size, so rounding of a gradient near zero changes a weight
-RECIPE = Recipe(
+OWN_RECIPE = dataclasses.replace(
+    RECIPE,
     meta_class="bird",
     resolution=16,
-    random_flip=True,
-    random_crop=False,
-    rank=RANK,
     learning_rate=1e-3,
     token_learning_rate=1e-3,
-    lr_scheduler="constant",
-    dtype="float32",
-    seed=0,
-    examples_per_class=None,
-    effective_batch=4,
     class_names=SORTED_NAMES,
     num_pictures=9,
-    pictures="",
-    model="",
     max_train_steps=STEPS,
 )
 
@@ -105,7 +96,7 @@ def contents_of(folder):
 
 
 def create_trainer(tiny_model, photos, accelerator=None, batch_size=4, accumulated=1, **changes):
-    recipe = dataclasses.replace(RECIPE, **changes)
+    recipe = dataclasses.replace(OWN_RECIPE, **changes)
     machine = {"batch_size": batch_size, "accumulated": accumulated, "checkpoints_gradients": False}
     accelerator = accelerator or create_accelerator("cpu", recipe.dtype)
     return Trainer(recipe, find_photos(photos), accelerator, model=str(tiny_model), **machine)

@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT
 from dry_run import CARDS, compute_drawing, compute_training, describe
 from fake_card import FakeCard, HostRead, WrongType, build_generator, build_pipeline, can_fake_cuda
-from fake_training import RECIPE, cuda_autocast
+from fake_training import cuda_autocast
 from PIL import Image
-from random_models import SHAPES, build
+from random_models import RECIPE, SHAPES, build
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from PIL import Image
-from random_models import SHAPES, build
+from random_models import RECIPE, SHAPES, build
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix.classes import load_classes, normalise
@@ -212,24 +212,9 @@ def prepare(options: argparse.Namespace, folder: Path) -> Setup:
         build(folder, SHAPES[options.arch])
         model, resolution = str(folder / "base"), SHAPES[options.arch].resolution
     resolution = options.resolution or resolution
-    recipe = Recipe(
-        meta_class="thing",
-        resolution=resolution,
-        random_flip=False,
-        random_crop=False,
-        rank=10,
-        learning_rate=5e-5,
-        token_learning_rate=5e-5,
-        lr_scheduler="constant",
-        dtype=options.dtype or ("float16" if options.device == "cuda" else "float32"),
-        seed=0,
-        examples_per_class=None,
-        effective_batch=options.batch_size,
-        class_names=[],
-        num_pictures=0,
-        pictures="",
-        model="",
-    )
+    dtype = options.dtype or ("float16" if options.device == "cuda" else "float32")
+    size = options.batch_size
+    recipe = replace(RECIPE, resolution=resolution, random_flip=False, dtype=dtype, effective_batch=size)
     return Setup(write_pictures(folder / "pictures", resolution), options.device, model, recipe)
 
 

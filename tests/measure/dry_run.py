@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from fake_card import FakeCard, build_generator, build_pipeline, can_fake_cuda
-from fake_training import RECIPE, build_trainer, cuda_autocast
-from random_models import Shape
+from fake_training import build_trainer, cuda_autocast
+from random_models import RECIPE, Shape
 
 GIGABYTE = 10**9
 TERAFLOP = 10**12

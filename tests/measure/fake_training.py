@@ -18,24 +18,6 @@ from noisecutmix.finetune.folder import Recipe
 from noisecutmix.finetune.trainer import Trainer
 from noisecutmix.photos import Photos
 
-RECIPE = Recipe(
-    meta_class="thing",
-    resolution=32,
-    random_flip=True,
-    random_crop=False,
-    rank=10,
-    learning_rate=5e-5,
-    token_learning_rate=5e-5,
-    lr_scheduler="constant",
-    dtype="float32",
-    seed=0,
-    examples_per_class=None,
-    effective_batch=4,
-    class_names=[],
-    num_pictures=4,
-    pictures="",
-    model="",
-)
 # of the operators that the models run, those that autocast runs in half precision on CUDA, and in float32
 # (PyTorch's documentation of torch.amp, "CUDA Op-Specific Behavior")
 CASTS_DOWN = ("linear", "conv2d")

@@ -13,7 +13,26 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from noisecutmix.classes import EMBEDDINGS_FILE, LORA_FILE
+from noisecutmix.finetune.folder import Recipe
 
+RECIPE = Recipe(
+    meta_class="thing",
+    resolution=32,
+    random_flip=True,
+    random_crop=False,
+    rank=10,
+    learning_rate=5e-5,
+    token_learning_rate=5e-5,
+    lr_scheduler="constant",
+    dtype="float32",
+    seed=0,
+    examples_per_class=None,
+    effective_batch=4,
+    class_names=[],
+    num_pictures=4,
+    pictures="",
+    model="",
+)
 DIGITS = Path(__file__).resolve().parent.parent.parent / "ckpts" / "digits"
 LORA_RANK = 10
 
