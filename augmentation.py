@@ -24,10 +24,10 @@ FEW_BLOCKS = 3  # where so few are missing, other processes are probably drawing
 
 def main() -> None:
     options = cli.parse_augmentation()
-    device = script.choose_device(options.device)
 
     # slow imports, once the arguments are checked
     script.say("loading the libraries")
+    device = script.choose_device(options.device)
     from noisecutmix.files import describe_program
     from noisecutmix.folder import OutputFolder, describe_data
     from noisecutmix.plan import Plan
@@ -67,14 +67,14 @@ def draw_missing(
     rank, count = launch.rank_and_count()
     missing = folder.find_missing(range(folder.num_items), verify)
     begins_share = count > 1 or (is_new and len(missing) == folder.num_items)
-    block_seconds, has_waited = 0.0, False
+    block_seconds, waits = 0.0, False
     with tqdm(total=len(missing), unit="image", disable=not launch.is_first_process()) as bar:
         while missing:
             bar.total = bar.n + -(-len(missing) // count)  # the share of this process
             blocks = order_blocks(missing, batch_size, rank, count, begins_share)
             # before the last few blocks, wait once for those who are probably drawing them
-            has_waited = len(blocks) <= FEW_BLOCKS and not begins_share and not has_waited
-            if has_waited:
+            waits = len(blocks) <= FEW_BLOCKS and not begins_share and not waits
+            if waits:
                 time.sleep(block_seconds)
             else:
                 block_seconds = draw_blocks(generator, folder, blocks, batch_size, verify, bar) or block_seconds

@@ -1,7 +1,6 @@
 """The data sets: their classes in label order, model and checkpoint; class names and prompts."""
 
 import dataclasses
-import itertools
 import os
 import re
 import shlex
@@ -9,6 +8,7 @@ import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 from .files import read_json
@@ -77,10 +77,18 @@ def _read_finetuned(folder: Path) -> Classes:
         raise InputError(f"{folder} has no {FINETUNE_FILE}; give a folder that noisecutmix.finetune wrote", "data_name")
     settings = read_json(folder / FINETUNE_FILE, "data_name", model=str, resolution=int)
     if not (folder / CLASSES_FILE).is_file():
-        command = shlex.join(map(str, settings.get("command", ["python", "-m", "noisecutmix.finetune"])))
+        command = shlex.join(_command_of(settings))
         raise InputError(f"the training in {folder} has no checkpoint yet; continue it with: {command}", "data_name")
     classes = _read_classes(folder / CLASSES_FILE)
     return dataclasses.replace(classes, model=settings["model"], resolution=settings["resolution"], ckpt_path=folder)
+
+
+def _command_of(record: dict[str, Any]) -> list[str]:
+    """Return the recorded command of a training; earlier versions had a script in ckpts/."""
+    command = [str(word) for word in record.get("command", [])]
+    if command[1:2] == ["-m"] or command[:1] == ["accelerate"]:
+        return command
+    return ["python", "-m", "noisecutmix.finetune", *command[2:]]
 
 
 def _read_classes(path: Path) -> Classes:
@@ -129,41 +137,66 @@ def without_numbers(class_names: Sequence[str]) -> list[str]:
     return list(class_names) if len(names) < len(class_names) else names
 
 
-def match_classes(wanted: Sequence[str], names: Sequence[str], wanted_in: str, names_in: str) -> list[int]:
+def match_classes(
+    wanted: Sequence[str], names: Sequence[str], wanted_in: str, names_in: str, may_have_more: bool = False
+) -> list[int]:
     """Return the place of each wanted class among the names of another source, which have to be the same classes.
 
     Names are compared by `comparison_key`; else also without punctuation at the end; else also without the numbers that
-    all names of one source, or of both, begin with.
+    all names of one source begin with, or with equal numbers on both sides.
 
     Args:
         wanted, names: the class names of the two sources, in their own orders.
         wanted_in, names_in: what the messages call the sources.
+        may_have_more: whether there may be names that are not wanted.
 
     Raises:
         InputError: a class is in one source only, or two names of a source count as the same.
     """
-    pairs = list(itertools.product(_spellings(wanted), _spellings(names)))
-    here, there = next((pair for pair in pairs if set(pair[0]) == set(pair[1])), pairs[0])
+    for source, originals in ((wanted_in, wanted), (names_in, names)):
+        if not all(isinstance(name, str) for name in originals):
+            raise InputError(f"{source}: class names have to be texts, not {originals[0]!r}")
+    pairs = [(here, there) for here in _spellings(wanted) for there in _spellings(names)]
+    fitting = [(here, there) for here, there in pairs[:-1] if here.keys() <= there.keys()]
+    if not may_have_more:
+        fitting = [(here, there) for here, there in fitting if here.keys() == there.keys()]
+    here, there = next((pair for pair in fitting if not any(map(_find_pair, pair))), (fitting or pairs)[0])
     for keys, originals, source in ((here, wanted, wanted_in), (there, names, names_in)):
-        for place, key in enumerate(keys):
-            if keys.index(key) < place:
-                first, second = originals[keys.index(key)], originals[place]
-                raise InputError(f"{source}: the classes {first!r} and {second!r} count as the same; rename one")
-    for keys, others, originals, source, other_source in (
-        (here, there, wanted, wanted_in, names_in),
-        (there, here, names, names_in, wanted_in),
-    ):
-        for key, name in zip(keys, originals):
+        if places := _find_pair(keys):
+            first, second = (originals[place] for place in places)
+            raise InputError(f"{source}: the classes {first!r} and {second!r} count as the same; rename one")
+    both = ((here, there, wanted, wanted_in, names_in), (there, here, names, names_in, wanted_in))
+    for keys, others, originals, source, other_source in both[:1] if may_have_more else both:
+        for key, (place,) in keys.items():
             if key not in others:
+                name = originals[place]
                 raise InputError(f"{other_source} has no class {name!r}, which is in {source}; both need the same")
-    return [there.index(key) for key in here]
+    return [there[key][0] for key in here]
 
 
-def _spellings(names: Sequence[str]) -> list[list[str]]:
-    """Return the names in the forms in which `match_classes` compares them."""
+def _spellings(names: Sequence[str]) -> list[dict[str, list[int]]]:
+    """Return the places of the names, by the names in the forms in which `match_classes` compares them."""
     keys = [comparison_key(name) for name in names]
-    bare = [comparison_key(name) for name in without_numbers(names)]
-    return [keys, [key.rstrip(END_PUNCTUATION) for key in keys], [key.rstrip(END_PUNCTUATION) for key in bare]]
+    bare = [comparison_key(name).rstrip(END_PUNCTUATION) for name in without_numbers(names)]
+    numbers = [re.sub(r"\D.*", "", key.removeprefix("n")).lstrip("0") for key in keys]
+    forms = (
+        keys,
+        [key.rstrip(END_PUNCTUATION) for key in keys],
+        [f"{number} {key}" for number, key in zip(numbers, bare)],  # 001.rose is 1 rose
+        bare,  # last, since without numbers on both sides 1.rose would be 2.rose
+    )
+    spellings = []
+    for form in forms:
+        places: dict[str, list[int]] = {}
+        for place, key in enumerate(form):
+            places.setdefault(key, []).append(place)
+        spellings.append(places)
+    return spellings
+
+
+def _find_pair(keys: dict[str, list[int]]) -> list[int] | None:
+    """Return the places of two names that count as the same, if there are any."""
+    return next((places[:2] for places in keys.values() if len(places) > 1), None)
 
 
 def check_prompt(template: str) -> None:

@@ -32,6 +32,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any):
         formatter = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
         super().__init__(**{"formatter_class": formatter, "allow_abbrev": False, **settings})
+        self.absolute = dict(ABSOLUTE)  # how `command` writes the values of flags, by their type
 
     def error(self, message: str) -> NoReturn:
         if argument := re.match(r"argument --(\S+): ", message):
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         """Return the values of all flags but the irrelevant ones, as JSON values, for the record of a folder.
 
         So a flag that comes later cannot be forgotten. It is left out at its default, so that a folder that was begun
-        before it can be continued.
+        before it can be continued; so its default must not change later.
 
         Args:
             options: what was parsed.
@@ -64,11 +65,12 @@ class Parser(argparse.ArgumentParser):
 
     def command(self) -> list[str]:
         """Return this process's command with absolute paths, so that it does the same in every working directory."""
-        words, convert = program_words(), str  # type: list[str], Callable[[str], Any]
+        words = program_words()
+        convert: Callable[[str], Any] = str
         for word in sys.argv[1:]:
             flag, equals, value = word.partition("=")
             if flag in self._option_string_actions:
-                convert = ABSOLUTE.get(self._option_string_actions[flag].type, str)
+                convert = self.absolute.get(self._option_string_actions[flag].type, str)
                 words.append(flag + equals + (convert(value) if equals else ""))
             else:
                 words.append(convert(word))
@@ -129,7 +131,7 @@ def create_augmentation_parser() -> Parser:
         "Build a data set: image/, mask/, metadata.jsonl and soft_label.npy. After a stop, the same command continues."
     )
     _add_number(output, "num_aug", 10, "N", "pictures in the data set")
-    verify = "check every pixel and label of an earlier run, which takes long"
+    verify = "check every pixel and label of an earlier run, 300 times as slowly as its files are looked at otherwise"
     output.add_argument("--verify", action="store_true", help=verify)
     _add_shared_arguments(parser)
     return parser
@@ -162,11 +164,7 @@ def as_path(text: str) -> Path:
     return Path(path)
 
 
-def as_model(text: str) -> str:
-    return os.path.expanduser(as_text(text))
-
-
-def as_data_name(text: str) -> str:
+def as_name_or_path(text: str) -> str:
     return os.path.expanduser(as_text(text))
 
 
@@ -176,11 +174,9 @@ def _absolute_if_there(text: str) -> str:
     return str(path.absolute()) if path.exists() and text not in META_CLASSES else text
 
 
-# how `Parser.command` writes the values of flags, by their type
 ABSOLUTE: dict[Any, Callable[[str], str]] = {
     as_path: lambda text: str(as_path(text).absolute()),
-    as_model: _absolute_if_there,
-    as_data_name: _absolute_if_there,
+    as_name_or_path: _absolute_if_there,
 }
 
 
@@ -203,12 +199,12 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model and classes")
     data_sets = f"{', '.join(META_CLASSES)}, a .json file of your classes, or a folder of noisecutmix.finetune"
     model.add_argument(
-        "--data_name", type=as_data_name, default="cub", metavar="NAME", help=f"{data_sets} (default: %(default)s)"
+        "--data_name", type=as_name_or_path, default="cub", metavar="NAME", help=f"{data_sets} (default: %(default)s)"
     )
     default_checkpoint = "(default: ckpts/NAME/shot-1-lora-rank10, or the folder given as --data_name)"
     model.add_argument("--ckpt_path", type=as_path, metavar="DIR", help=f"Diff-Mix checkpoint {default_checkpoint}")
     models = "hub id, id@revision or local diffusers folder (default: the data set's)"
-    model.add_argument("--model", type=as_model, metavar="MODEL", help=f"base model: {models}")
+    model.add_argument("--model", type=as_name_or_path, metavar="MODEL", help=f"base model: {models}")
     prompt_help = "template of the prompts (default: %(default)s)"
     model.add_argument("--prompt", type=as_text, default=DEFAULT_PROMPT, metavar="TEXT", help=prompt_help)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import files
 from .classes import Classes
 from .errors import InputError, RunError
-from .plan import Item, Plan
+from .plan import Item, Plan, seed_record
 from .preview import MAX_PICTURES, draw_preview
 from .sources import fingerprint_checkpoint, fingerprint_model
 
@@ -60,6 +60,7 @@ def describe_data(flags: dict[str, Any], classes: Classes, model: str, ckpt_path
     """
     return {
         **flags,
+        **seed_record(flags["seed"]),
         "dtype": dtype,
         "meta_class": classes.meta_class,
         "class_names": list(classes.names),
@@ -85,6 +86,8 @@ class OutputFolder:
         self._mark = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
         self._run_file, self._labels = root / RUN_FILE, root / LABELS_FILE
         self._metadata = root / METADATA_FILE
+        self._run_file_content = b""  # what `begin` finds there
+        self._run_file_status = (0, 0)
 
     def check_usable(self) -> None:
         """Check that a data set with these options may be drawn into the folder.
@@ -110,7 +113,7 @@ class OutputFolder:
         fewest, most = max(there["num_aug"], len(self._read_labels())), 10 ** count_digits(there["num_aug"])
         if not fewest <= self.num_items <= most:
             raise InputError(
-                f"{self.root} has {fewest} items, and its file names have room for {most}; ask for a number from "
+                f"{self.root} is for {fewest} items, and its file names have room for {most}; ask for a number from "
                 f"{fewest} to {most}, or choose another folder",
                 "num_aug",
             )
@@ -128,7 +131,6 @@ class OutputFolder:
         content = {"num_aug": self.num_items, "options": self._options, **run}
         is_new = files.create_file(self._run_file, json.dumps(content, indent=2).encode())
         self._run_file_content = self._run_file.read_bytes()
-        self._run_file_status = (0, 0)
         self.check_usable()
         for part in PREFIXES:
             (self.root / part).mkdir(exist_ok=True)

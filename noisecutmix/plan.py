@@ -16,6 +16,11 @@ WHOLE_NUMBER, SHARE = Range(int, 0), Range(float, 0, 1)
 Box = tuple[int, int, int, int]
 
 
+def seed_record(seed: int) -> dict[str, int]:
+    """Return what a record says of a seed of 2**32 or more, whose random numbers were others in earlier versions."""
+    return {"seed_sequence": 2} if seed >> 32 else {}
+
+
 def seed_sequence(seed: int, *numbers: int) -> np.random.SeedSequence:
     """Return the entropy of a seed below 2**63 and numbers below 2**32, different for different ones.
 

@@ -41,7 +41,7 @@ def draw_preview(images: Sequence[Image.Image], items: Sequence[Item], class_nam
             for label, share, color in ((item.target, item.ratio, TARGET_COLOR), (item.aug, 1 - item.ratio, AUG_COLOR))
             if share
         ]
-        for item in items
+        for item in items[: len(images)]
     ]
     outlined = [_outline(image, item.mask()) for image, item in zip(images, items)]
     return draw_grid(outlined, captions, class_names, LEGEND)

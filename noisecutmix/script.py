@@ -105,7 +105,7 @@ def ending_at_signals() -> Iterator[None]:
 
 def program_words() -> list[str]:
     """Return the words that start this program, such as ["python", "-m", "noisecutmix.finetune"]."""
-    script = Path(sys.argv[0]).absolute()
+    script = Path(sys.argv[0]).resolve()
     if script.name == "__main__.py" and PACKAGE in script.parents:  # started with -m
         return ["python", "-m", ".".join(script.parent.relative_to(PACKAGE.parent).parts)]
     return ["python", str(script)]

@@ -47,13 +47,13 @@ def test_a_data_set_does_not_outgrow_the_digits_of_its_file_names(tmp_path, begu
 
 def test_fewer_items_than_planned_or_completed_are_refused(tmp_path):
     folder = begin_folder(tmp_path, 6)
-    with pytest.raises(InputError, match="has 6 items, and"):
+    with pytest.raises(InputError, match="is for 6 items, and"):
         create_folder(tmp_path, 5).check_usable()
     grown = begin_folder(tmp_path, 8)
     for item in grown.plan.items(8):
         grown.write(item, black())
     grown.finish()
-    with pytest.raises(InputError, match="has 8 items, and"):
+    with pytest.raises(InputError, match="is for 8 items, and"):
         create_folder(tmp_path, 7).check_usable()
     folder.finish()  # of a process that was asked for fewer, and ends later
     assert len(np.load(tmp_path / "soft_label.npy")) == 8

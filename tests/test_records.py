@@ -175,3 +175,17 @@ def test_the_recorded_command_has_absolute_paths(folder, command):
     assert parsed.output_dir == folder / "out"
     for name in ("data_dir", "train_dir", "test_dir"):
         assert getattr(parsed, name, folder).is_absolute()
+
+
+@pytest.mark.parametrize("command", ["augmentation.py", "noisecutmix.finetune"])
+def test_a_large_seed_of_an_earlier_version_is_refused(folder, monkeypatch, command):
+    """Its random numbers were others, so the folder would mix two plans."""
+    seed = 3 * 2**32 + 5
+    flags, *_, options = COMMANDS[command]
+    monkeypatch.setattr("noisecutmix.finetune.folder.fingerprint_files", lambda *_: "of these pictures")
+    store(folder, command, {**options, "pictures": "of these pictures", "seed": seed})
+    with (
+        as_command_line(command, *flags, f"--seed={seed}", folder=folder) as main,
+        pytest.raises(InputError, match=r"made with another (pictures .*, )?seed_sequence \(None there, 2 now\)"),
+    ):
+        main()

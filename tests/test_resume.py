@@ -152,7 +152,7 @@ def test_an_extended_data_set_equals_one_drawn_at_once(whole, tmp_path, tiny_arg
         ("--guidance_scale=3", "guidance_scale"),
         ("--prompt=one {name}", "prompt (a photo of a {name} {meta_class} there, one {name} now)"),
         (["--alpha=2", "--seed=1"], "alpha (1.0 there, 2.0 now), seed (0 there, 1 now)"),
-        ("--num_aug=19", "--num_aug: out has 20 items, and its file names"),
+        ("--num_aug=19", "--num_aug: out is for 20 items, and its file names"),
     ],
 )
 def test_other_options_are_refused(whole, tmp_path, tiny_arguments, change, named):

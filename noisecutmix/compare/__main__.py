@@ -15,12 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .. import launch, script
-from ..cli import ABSOLUTE, Parser, add_machine_flags, as_number, as_path, as_text
+from ..cli import Parser, add_machine_flags, as_number, as_path, as_text
 from ..errors import InputError, RunError, is_out_of_memory
 from ..files import check_writable
 from ..photos import check_photos
 from ..ranges import RANGES, Range
-from .comparison import MIXES, Comparison, Recipe
+from .comparison import Comparison
+from .recipe import MIXES, Recipe
 from .sets import digest, hash_pictures, load_photos, open_set, read_set
 
 COUNT, RATE, SHARE = Range(int, 1, 10**8), Range(float, 0, 1e6), Range(float, 0, 1)
@@ -34,6 +35,7 @@ NOT_OF_RESULTS = (
 
 def create_parser() -> Parser:
     parser = Parser(description="Compare classifiers that are trained with and without augmented data sets.")
+    parser.absolute[as_named_folder] = lambda text: f"{text.partition('=')[0]}={as_named_folder(text)[1].absolute()}"
     default = " (default: %(default)s)"
     add = parser.add_argument_group("pictures").add_argument
     layout = "one folder of pictures per class"
@@ -93,10 +95,6 @@ def as_named_folder(text: str) -> tuple[str, Path]:
     return name, as_path(folder)
 
 
-# how the parser writes the command that continues a comparison
-ABSOLUTE[as_named_folder] = lambda text: "{}={}".format(text.partition("=")[0], as_named_folder(text)[1].absolute())
-
-
 def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
     """Return checked options; `augmented` is a dict of folders. Raises InputError."""
     options = parser.parse_args(arguments)
@@ -143,6 +141,7 @@ def main() -> None:
     records = {name: read_set(folder, train) for name, folder in options.augmented.items()}
     train_hashes, test_hashes = hash_pictures(train.files), hash_pictures(test.files)
     num_leaked = len(set(train_hashes) & set(test_hashes))
+    script.say("loading the libraries")
     device = script.choose_device(options.device)
     dtype = launch.choose_training_dtype(device, options.dtype)
     sets = {name: open_set(options.augmented[name], train, record) for name, record in records.items()}
@@ -186,7 +185,6 @@ def main() -> None:
         script.say(f"warning: {num_leaked} pictures are among those for training and for the test, too")
 
     # Train what is missing, and report
-    script.say("loading the libraries")
     try:
         comparison.train_missing()
     except RuntimeError as error:

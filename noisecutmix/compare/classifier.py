@@ -1,4 +1,4 @@
-"""Training a timm model on real and augmented pictures, the same on any machine for the same settings and seed."""
+"""Training a timm model on real and augmented pictures, the same on any machine for the same recipe and seed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from ..datasets import MixedDataset
 from ..errors import InputError, RunError, first_line, is_out_of_memory
 from ..photos import Photos
 from ..plan import area_ratio, sample_cutmix_box, seed_sequence
-from .comparison import Recipe
 from .items import (
     AugmentedPictures,
     RealPictures,
@@ -32,6 +31,7 @@ from .items import (
     keeping_global_state,
     seed_global_state,
 )
+from .recipe import Recipe
 
 with warnings.catch_warnings():  # older versions of timm use what newer ones of torch deprecate
     warnings.simplefilter("ignore")

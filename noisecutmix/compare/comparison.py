@@ -18,6 +18,7 @@ from .. import launch, script
 from ..errors import InputError, RunError
 from ..files import atomic_file, check_same, create_file, describe_program, read_record, write_png
 from ..photos import Photos
+from .recipe import Recipe, read_row
 from .sets import AugmentedSet
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from .classifier import Classifier
 
-MIXES = ("mixup", "cutmix")
 OPTIONS_FILE, TEST_PICTURES_FILE = "classify.json", "test_pictures.csv"
 MIN_ACCURACY = 50  # percent, below which a classifier cannot be the reference for augmented pictures
 LOOKED_AFTER = 20  # steps, after which a process looks whether another one has finished its job
@@ -39,25 +39,6 @@ LEGEND = [
 
 Job = tuple[str, int]
 REFERENCE: Job = ("none", 0)  # its classifier measures the loss of the augmented pictures
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that a classifier depends on beside the pictures and the seed: flags of `noisecutmix.compare`."""
-
-    model: str
-    pretrained: bool
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    probability: float
-    mix_probability: float
-    image_size: int | None
-    crop_scale: float
-    color_jitter: float
-    random_flip: bool
-    dtype: str
 
 
 class AlreadyTrained(Exception):
@@ -223,6 +204,9 @@ class Comparison:
             classifier.train(self.train, augmented if name else None, mix, after_step)
             probabilities = classifier.predict(lambda transform: RealPictures(self.test, transform))
             predictions = probabilities.astype(np.float16)
+            rounded = np.flatnonzero(predictions.argmax(1) != probabilities.argmax(1))  # two classes became equal
+            highest = np.nextafter(predictions[rounded].max(1), np.float16(2))
+            predictions[rounded, probabilities[rounded].argmax(1)] = highest
             if job == REFERENCE:
                 self._measure_losses(classifier, 100 * float((predictions.argmax(1) == self.test.labels).mean()))
             if self.saves_weights and number == 0:
@@ -281,11 +265,5 @@ class Comparison:
         return 100 * float(self.read_right(job).mean())
 
 
-def read_row(row: str) -> tuple[str, str]:
-    """Return what mixes the batches of a row ("mixup", "cutmix" or ""), and its augmented set ("" for none)."""
-    first, _, second = row.partition("+")
-    return (first, second) if first in MIXES else ("", "" if first == "none" else first)
-
-
 def describe_weak_reference(top1: float) -> str:
-    return f"row none has a test accuracy of {top1:.0f} %, too little to tell which augmented pictures are wrong"
+    return f"Row none has a test accuracy of {top1:.0f} %, too little to tell which augmented pictures are wrong"

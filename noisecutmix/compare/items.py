@@ -72,7 +72,8 @@ class SeededItems:
 
 def draw_batches(num_pictures: int, epochs: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     """Yield batches of indices: epoch e has the indices from e * n in random order. An incomplete end is left out."""
-    rng, waiting = np.random.default_rng(seed), []  # type: np.random.Generator, list[int]
+    rng = np.random.default_rng(seed)
+    waiting: list[int] = []
     for epoch in range(epochs):
         waiting += (epoch * num_pictures + rng.permutation(num_pictures)).tolist()
         while len(waiting) >= batch_size:

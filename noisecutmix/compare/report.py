@@ -13,7 +13,8 @@ import numpy as np
 
 from .. import launch
 from ..files import atomic_file
-from .comparison import MIN_ACCURACY, REFERENCE, Comparison, describe_weak_reference, read_row
+from .comparison import MIN_ACCURACY, REFERENCE, Comparison, describe_weak_reference
+from .recipe import read_row
 
 MIN_SEEDS = 3  # from which an error can be told
 SIGNIFICANCE = 0.05  # of the whole table: largest probability that it calls any of two equal rows better
@@ -147,9 +148,12 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
     notes = [
         f"Test accuracy of {recipe.model} on {len(comparison.test.files)} pictures after the last of {recipe.epochs} "
         f"epochs, mean ± standard deviation over {comparison.seeds} seeds. Beside it is the paired difference to "
-        f"{baseline} ± its standard error. Nothing was chosen on the test pictures.",
-        explain_verdict(len(comparison.rows) - 1, comparison.seeds),
+        f"{baseline} ± its standard error. Nothing was chosen on the test pictures."
     ]
+    if comparison.seeds >= MIN_SEEDS and len(comparison.rows) > 1:
+        notes.append(explain_verdict(len(comparison.rows) - 1, comparison.seeds))
+    if num_without := len(comparison.test.class_names) - len(set(comparison.test.labels)):
+        notes.append(f"The test has no picture of {num_without} classes; they are not scored.")
     if num_leaked:
         notes.append(f"Warning: {num_leaked} pictures are among those for training and for the test, too.")
     # with the same seed, the generator's pictures are among the first in the same order
@@ -166,7 +170,7 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         pictures = ", ".join(f"highest_loss_{name}.png" for name in sets)
         weak = describe_weak_reference(top1)
         looks = f"Look at the augmented pictures on which the first classifier of row none is worst: {pictures}."
-        notes.append(f"{weak[0].upper()}{weak[1:]}." if top1 < MIN_ACCURACY else looks)
+        notes.append(f"{weak}." if top1 < MIN_ACCURACY else looks)
 
     # The files
     table = format_table(summary, baseline, seen)

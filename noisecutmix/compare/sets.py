@@ -43,10 +43,20 @@ def load_photos(
         except InputError as error:
             raise InputError(f"{error}; add pictures, or give --test_dir", "train_dir") from error
     train = find_photos(train_dir, examples_per_class, seed, "train_dir")
-    test = find_photos(test_dir, option="test_dir")
-    places = match_folder("test_dir", test_dir, test.class_names, train.class_names)
-    labels = [places.index(label) for label in test.labels]
-    return train, dataclasses.replace(test, class_names=train.class_names, labels=tuple(labels))
+    test = find_photos(test_dir, option="test_dir", allows_empty=True)
+    try:
+        places = match_classes(test.class_names, train.class_names, str(test_dir), "--train_dir", may_have_more=True)
+    except InputError as error:
+        raise InputError(str(error), "test_dir") from error
+    labels = tuple(places[label] for label in test.labels)
+    lacking = [name for label, name in enumerate(train.class_names) if label not in labels]
+    if len(lacking) == len(train.class_names):
+        raise InputError(f"{test_dir} holds no picture; add some", "test_dir")
+    notes = test.notes
+    if lacking:
+        names = ", ".join(map(repr, lacking[:4])) + (", …" if len(lacking) > 4 else "")
+        notes += (f"the test has no picture of {len(lacking)} classes ({names}); they are not scored",)
+    return train, dataclasses.replace(test, class_names=train.class_names, labels=labels, notes=notes)
 
 
 def match_folder(option: str, folder: Path, names: Sequence[str], wanted: Sequence[str]) -> list[int]:

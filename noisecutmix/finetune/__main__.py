@@ -14,11 +14,12 @@ from typing import Any
 
 from .. import launch, script
 from ..classes import META_CLASSES, STABLE_DIFFUSION
-from ..cli import Parser, add_machine_flags, as_model, as_number, as_path, as_text, check_model
+from ..cli import Parser, add_machine_flags, as_name_or_path, as_number, as_path, as_text, check_model
 from ..errors import InputError, RunError, is_out_of_memory
 from ..files import check_writable, describe_differences, describe_program
 from ..folder import PREVIEW_FILE
 from ..photos import Photos, find_photos
+from ..plan import seed_record
 from ..ranges import RANGES, Range
 from ..sources import fingerprint_model
 from .folder import Recipe, TrainingFolder, check_pictures, describe_listing
@@ -58,7 +59,7 @@ def create_parser() -> Parser:
 
     add = parser.add_argument_group("training").add_argument
     model = "base model: hub id, id@revision or local folder"
-    add("--model", type=as_model, default=STABLE_DIFFUSION, metavar="MODEL", help=model + default)
+    add("--model", type=as_name_or_path, default=STABLE_DIFFUSION, metavar="MODEL", help=model + default)
     add("--rank", type=as_number(Range(int, 1, 1024)), default=10, metavar="R", help="rank of the LoRA" + default)
     budget = f"training steps (default: {PASSES} passes over the pictures, at least {MIN_STEPS} steps)"
     add("--max_train_steps", type=as_number(COUNT), metavar="N", help=budget)
@@ -112,9 +113,11 @@ def main() -> None:
     device = script.choose_device(options.device)
     dtype = launch.choose_training_dtype(device, options.dtype)
     listing = describe_listing(photos)
+    launcher = ["accelerate", "launch", "--multi_gpu", f"--num_processes={num_processes}"] if num_processes > 1 else []
     model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
     dependencies = {
         **parser.relevant(options, NOT_OF_WEIGHTS, RECIPE),
+        **seed_record(options.seed),
         "dtype": dtype,
         "effective_batch": effective_batch,
         **({} if options.lr_scheduler == "constant" else {"max_train_steps": steps}),
@@ -129,7 +132,7 @@ def main() -> None:
         "meta_class": options.meta_class,
         "options": dependencies,
         "listing": listing,
-        **describe_program(parser.command()),
+        **describe_program([*launcher, *parser.command()[len(launcher) and 1 :]]),
         "processes": num_processes,
         "device": device,
     }
@@ -246,7 +249,8 @@ def train(
 
     # The newest state
     is_main = accelerator.is_main_process
-    first, state = 0, {}  # type: int, dict[str, Any]
+    first = 0
+    state: dict[str, Any] = {}
     if is_main:
         folder.begin(description)
         first, state = folder.find_state()

@@ -95,14 +95,14 @@ class TrainingFolder:
 
         Args:
             record: JSON values, with `model`, `resolution` and `options`. If there is a record, its own values are kept
-                but for `listing`.
+                but for `listing` and `command`.
 
         Raises:
             InputError: another run has just begun here, with other options.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         create_file(self._record_file, _encode({**record, "steps": 0, "losses": []}))
-        self.record = {**self._read_record(), "listing": record["listing"]}
+        self.record = {**self._read_record(), "listing": record["listing"], "command": record["command"]}
         self._check_options(record["options"])
 
     @property

@@ -1,16 +1,25 @@
 """A layout of photos: one folder per class, as for torchvision's ImageFolder. Imports no torch."""
 
 import collections
+import functools
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from ..classes import comparison_key
 from ..errors import InputError
-from ..folder import PREFIXES, RUN_FILE
+from ..folder import LABELS_FILE, METADATA_FILE, PREFIXES, RUN_FILE
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# those of torchvision's ImageFolder, then others of photos; see `picture_suffixes`
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".jfif", ".jpe", ".gif", ".avif", ".mpo", ".jp2", ".pbm", ".pnm"),
+)
+HEIC = (".heic", ".heif")
+OWN_FILES = (RUN_FILE, METADATA_FILE, LABELS_FILE, "image/gen_0000.png", "image/gen_00000.png")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 SYSTEM_FOLDERS = ("@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found")
 SPLITS = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([ _-]?(set|split|images))?\d*")
@@ -23,8 +32,19 @@ class Listing(NamedTuple):
     notes: list[str]
 
 
-def list_class_folders(root: Path) -> Listing:
+@functools.cache
+def picture_suffixes() -> tuple[str, ...]:
+    """Return the suffixes of the pictures that the installed Pillow decodes; AVIF, say, came with Pillow 11.3."""
+    formats = Image.registered_extensions()
+    return tuple(suffix for suffix in SUFFIXES if formats.get(suffix) in Image.OPEN)
+
+
+def list_class_folders(root: Path, allows_empty: bool) -> Listing:
     """List the pictures below each class's folder, in the order of torchvision's ImageFolder.
+
+    Args:
+        root: holds the class folders.
+        allows_empty: whether a class may have no picture.
 
     Raises:
         InputError: see `find_photos`.
@@ -35,14 +55,15 @@ def list_class_folders(root: Path) -> Listing:
     folders = [path for path, is_folder in entries if is_folder]
     _check_names(root, folders)
     _check_splits(root, folders)
-    if {folder.name for folder in folders} == set(PREFIXES) and (root / RUN_FILE).exists():
+    if set(PREFIXES) <= {folder.name for folder in folders} and any((root / name).exists() for name in OWN_FILES):
         raise InputError(f"{root} is a data set of augmentation.py, not a folder of photos; give photos")
     pictures = {}
     for label, folder in enumerate(folders):
         pictures[folder.name] = walk.pictures(folder, label)
-        if not pictures[folder.name]:
-            raise InputError(f"{folder} holds no picture ({', '.join(SUFFIXES)}); add some or delete it")
-    loose = [path for path, is_folder in entries if not is_folder and path.suffix.lower() in SUFFIXES + ARCHIVES]
+        if not pictures[folder.name] and not allows_empty:
+            raise InputError(f"{folder} holds no picture ({', '.join(picture_suffixes())}); add some or delete it")
+    suffixes = picture_suffixes() + ARCHIVES
+    loose = [path for path, is_folder in entries if not is_folder and path.suffix.lower() in suffixes]
     return Listing(pictures, walk.notes(len(loose)))
 
 
@@ -65,6 +86,8 @@ class _Walk:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.unused.most_common(4))
             count = self.unused.total()
             notes.append(f"{count} files are not pictures of a supported type ({kinds}); they are not used")
+        if any(self.unused[suffix] for suffix in HEIC):
+            notes.append("HEIC pictures have to be converted to JPEG first; pillow-heif is a package that reads them")
         if self.hidden:
             names = ", ".join(sorted(self.hidden)[:4])
             notes.append(f"{self.hidden.total()} hidden and system folders and files ({names}) are not used")
@@ -111,12 +134,12 @@ class _Walk:
                 continue
             entered.add(real_folder)
             entries = self.entries(folder)
-            if folder == class_folder and all(is_folder for _, is_folder in entries):
-                self.inner_folders[folder.name] = [path.name for path, _ in entries]
+            if folder == class_folder and not any(path.suffix.lower() in picture_suffixes() for path, _ in entries):
+                self.inner_folders[folder.name] = [path.name for path, is_folder in entries if is_folder]
             for path, is_folder in entries:
                 if is_folder:
                     folders.append(path)
-                elif path.suffix.lower() in SUFFIXES and path.is_file():
+                elif path.suffix.lower() in picture_suffixes() and path.is_file():
                     real_path = path.resolve() if path.is_symlink() else real_folder / path.name
                     other_label, other = self._found.setdefault(real_path, (label, path))
                     if other_label != label:

@@ -12,8 +12,6 @@ from ..errors import InputError
 from .folders import list_class_folders
 from .opening import Inspection, inspect_photo
 
-DARK = 64  # of 255: the largest value of 14 bits in a picture of 16
-
 
 @dataclass(frozen=True)
 class Photos:
@@ -29,7 +27,13 @@ class Photos:
     notes: tuple[str, ...]
 
 
-def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0, option: str = "data_dir") -> Photos:
+def find_photos(
+    root: Path,
+    examples_per_class: int | None = None,
+    seed: int = 0,
+    option: str = "data_dir",
+    allows_empty: bool = False,
+) -> Photos:
     """List the pictures below each class's folder, in the order of torchvision's ImageFolder.
 
     Hidden files and folders, and folders such as @eaDir, are not used.
@@ -39,6 +43,7 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
         examples_per_class: the number of pictures of each class, chosen by `seed`; None takes all.
         seed: see `examples_per_class`.
         option: the parameter that the messages name.
+        allows_empty: whether a class may have no picture.
 
     Raises:
         InputError: there are not at least two classes, a class has no picture, two folders have the same name, the
@@ -48,7 +53,7 @@ def find_photos(root: Path, examples_per_class: int | None = None, seed: int = 0
     if not root.is_dir():
         raise InputError(f"{root} is {'a file' if root.exists() else 'not there'}; give a folder", option)
     try:
-        pictures, notes = list_class_folders(root)
+        pictures, notes = list_class_folders(root, allows_empty)
     except InputError as error:
         raise InputError(str(error), option) from error
     except OSError as error:
@@ -112,8 +117,8 @@ def check_photos(
         resolution: the side of the training pictures in pixels, to count those that are smaller.
 
     Raises:
-        InputError: a picture cannot be read; the message names the first one. Or all pictures of 16 bits are almost
-            black, since they use few of them.
+        InputError: a picture cannot be read; the message names the first one. Or most pictures have 16 bits, but are
+            almost black or white, since they use few of them.
     """
     from tqdm import tqdm
 
@@ -132,28 +137,23 @@ def check_photos(
         notes.append(f"{num_small} pictures are smaller than {resolution} pixels; they are enlarged")
     if num_paged := sum(picture.has_pages for picture in found):
         notes.append(f"{num_paged} TIFF files have several pages; the first one is used, which may be a thumbnail")
-    notes += _find_dark(files, found)
+    notes += _find_faint(files, found)
     if flat := [file for file, picture in zip(files, found) if picture.is_flat]:
         notes.append(f"warning: {len(flat)} pictures have a single colour, such as {flat[0]}; they show nothing")
     return (*notes, *_find_contradictions(files, labels, found))
 
 
-def _find_dark(files: Sequence[Path], found: list[Inspection]) -> list[str]:
-    """Return a warning about pictures that use few of their 16 bits; raise an InputError if all of them do."""
-    deep = [(file, picture) for file, picture in zip(files, found) if picture.has_16_bits]
-    dark = [file for file, picture in deep if picture.brightest <= DARK]
-    if not dark:
+def _find_faint(files: Sequence[Path], found: list[Inspection]) -> list[str]:
+    """Return a warning about pictures that use few of their 16 bits; raise an InputError if most pictures do."""
+    deep = [file for file, picture in zip(files, found) if picture.has_16_bits]
+    faint = [file for file, picture in zip(files, found) if picture.has_16_bits and picture.is_faint]
+    if not faint:
         return []
-    brightest = max(picture.brightest for _, picture in deep)
-    if len(dark) == len(deep):
-        raise InputError(
-            f"all {len(deep)} pictures of 16 bits are almost black (at most {brightest} of 255), such "
-            f"as {dark[0]}; cameras and microscopes store 10, 12 or 14 bits so: scale the values to 16 bits, or to 8"
-        )
-    return [
-        f"warning: {len(dark)} of {len(deep)} pictures of 16 bits are almost black (at most {DARK} of 255), such as "
-        f"{dark[0]}; if they have 10, 12 or 14 bits, scale their values"
-    ]
+    what = f"{len(faint)} of {len(deep)} pictures of 16 bits are almost black or white, such as {faint[0]}"
+    advice = "cameras and microscopes store 10, 12 or 14 bits so: scale the values to 16 bits, or to 8"
+    if len(faint) > len(files) / 2:
+        raise InputError(f"{what}; {advice}")
+    return [f"warning: {what}; {advice}"]
 
 
 def _find_contradictions(files: Sequence[Path], labels: Sequence[int] | None, found: list[Inspection]) -> list[str]:

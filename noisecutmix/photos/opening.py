@@ -15,6 +15,7 @@ from ..errors import InputError, first_line
 MAX_PIXELS = 500_000_000  # pixels; the largest camera sensors have fewer
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")  # those at which coded data end
 MIN_ZEROS = 256  # at the end of a WebP image, which compressed data do not have
+FAINT = 64  # of 255: the largest value of 14 bits in a file of 16
 ORIENTATION, PHOTOMETRIC, BITS_PER_SAMPLE = 274, 262, 258  # EXIF and TIFF tags
 
 
@@ -40,15 +41,15 @@ def crop_square(image: Image.Image, side: int, position: float = 0.5) -> Image.I
 class Inspection(NamedTuple):
     """What is known of a picture: why it cannot be used (None if it can), and what may not be as the user expects.
 
-    `side` is the shorter one, in pixels; `has_16_bits` is about the file; `brightest` is the largest value of a
-    channel, 0 to 255; `is_flat` tells whether all pixels are equal; `digest` identifies the bytes of the file.
+    `side` is the shorter one, in pixels; `has_16_bits` is about the file; `is_faint` tells whether the picture is
+    almost black or almost white, `is_flat` whether all pixels are equal; `digest` identifies the bytes of the file.
     """
 
     refusal: str | None
     side: int = 0
     has_pages: bool = False
     has_16_bits: bool = False
-    brightest: int = 255
+    is_faint: bool = False
     is_flat: bool = False
     digest: bytes = b""
 
@@ -59,12 +60,15 @@ def inspect_photo(file: Path) -> Inspection:
         with _naming(file), _open(file) as image:
             side, has_pages = min(image.size), image.format == "TIFF" and getattr(image, "n_frames", 1) > 1
             image.seek(0)  # to count the pages is to go to the last one
-            has_16_bits = any("16" in str(part[-1]) for part in image.tile)  # Pillow's name of the stored format
+            raw_modes = (part[-1] if isinstance(part[-1], str) else part[-1][0] for part in image.tile if part[-1])
+            has_16_bits = any(";16" in str(mode) for mode in raw_modes)  # such as I;16 or RGB;16B
             image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which takes a sixth of the time
             levels: Any = _to_rgb(image).getextrema()
             is_flat = _is_flat(levels) and _is_flat(open_photo(file).getextrema())
             digest = hashlib.sha256(file.read_bytes()).digest()
-            return Inspection(None, side, has_pages, has_16_bits, max(high for _, high in levels), is_flat, digest)
+            darkest, brightest = min(low for low, _ in levels), max(high for _, high in levels)
+            is_faint = brightest <= FAINT or darkest >= 255 - FAINT
+            return Inspection(None, side, has_pages, has_16_bits, is_faint, is_flat, digest)
     except InputError as error:
         return Inspection(str(error))
 
@@ -153,9 +157,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale a picture of 16-bit grey values; Pillow's own conversion clips all values above 255."""
+    """Scale a picture of 16-bit grey values, of PGM any depth above 8; Pillow's own conversion clips at 255."""
     tags = getattr(image, "tag_v2", {})
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not is_16_bit or tags.get(BITS_PER_SAMPLE, (16,)) != (16,):
         raise ValueError(f"its format ({image.mode}) does not define which value is white; save it with 8 or 16 bits")
     grey = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")

@@ -14,6 +14,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from noisecutmix.errors import InputError
 from noisecutmix.photos import check_photos, find_photos
+from noisecutmix.photos.folders import picture_suffixes
 from noisecutmix.photos.opening import crop_square, open_photo
 
 ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files, or needs rights for links")
@@ -472,13 +473,32 @@ def test_few_bits_in_files_of_16_are_refused_rather_than_black(tmp_path, bits, s
             deep_picture(bits, seed).save(tmp_path / name / f"0.{suffix}")
     photos = find_photos(tmp_path)
     if bits == 16:
-        assert check_photos(photos.files, photos.labels) == ()
+        assert check(photos) == ()
         return
-    with pytest.raises(InputError, match=r"all 2 pictures of 16 bits are almost black .at most \d+ of 255., such as"):
-        check_photos(photos.files, photos.labels)
-    (tmp_path / "covid" / "1.png").write_bytes(deep_picture(16, 2, colour=True))  # one class only is dark
-    notes = check(find_photos(tmp_path))
-    assert len(notes) == 1 and notes[0].startswith("warning: 2 of 3 pictures of 16 bits are almost black")
+    with pytest.raises(InputError, match="2 of 2 pictures of 16 bits are almost black or white, such as"):
+        check(photos)
+    for number in range(2):  # one class only is dark
+        (tmp_path / "covid" / f"{number}.png").write_bytes(deep_picture(16, 2 + number, colour=True))
+    (note,) = check(find_photos(tmp_path))
+    assert note.startswith("warning: ") and "pictures of 16 bits are almost black or white" in note
+
+
+def test_few_bits_are_found_where_white_is_zero(tmp_path):
+    for seed, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        deep_picture(12, seed).save(tmp_path / name / "0.tif", tiffinfo={262: 0})
+    with pytest.raises(InputError, match="2 of 2 pictures of 16 bits are almost black or white"):
+        check(find_photos(tmp_path))
+
+
+@pytest.mark.parametrize("width", [55, 720])
+def test_dark_pictures_of_8_bits_are_not_taken_for_deep_ones(tmp_path, width):
+    """The length of a row of a BMP, 2160 bytes, say, is no number of bits."""
+    for seed, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        night = np.random.default_rng(seed).integers(0, 40, (20, width, 3), dtype=np.uint8)
+        Image.fromarray(night).save(tmp_path / name / "0.bmp")
+    assert check(find_photos(tmp_path)) == ()
 
 
 def test_pictures_of_one_colour_are_counted(root):
@@ -502,15 +522,52 @@ def test_the_same_bytes_in_two_classes_are_counted_and_named(root):
 def test_class_folders_that_hold_only_folders_are_named(tmp_path):
     for name in ("a/airfield", "a/airplane_cabin", "b/bakery", "b/bar"):
         write_photos(tmp_path / "places" / name[0], [name[2:]], count=1)
-    (note,) = find_photos(tmp_path / "places").notes
+    (tmp_path / "places" / "b" / "Thumbs.db").write_text("no picture")
+    note = find_photos(tmp_path / "places").notes[-1]
     assert note.startswith("warning: the class folders hold only folders, such as airfield and airplane_cabin in a,")
     write_photos(tmp_path / "places", ["c"], count=1)
-    assert find_photos(tmp_path / "places").notes == ()
+    assert not any("hold only folders" in note for note in find_photos(tmp_path / "places").notes)
 
 
 def test_an_output_folder_is_no_folder_of_photos(tmp_path):
     write_photos(tmp_path, ["image", "mask"], count=1)
     assert find_photos(tmp_path).class_names == ("image", "mask")
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(InputError, match=r"is a data set of augmentation\.py, not a folder of photos"):
-        find_photos(tmp_path)
+    write_photos(tmp_path, ["weights"], count=1)
+    for name in ("run.json", "metadata.jsonl", "image/gen_0000.png"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(InputError, match=r"is a data set of augmentation\.py, not a folder of photos"):
+            find_photos(tmp_path)
+        (tmp_path / name).unlink()
+
+
+# Types of files
+
+
+@pytest.mark.parametrize("suffix", [".ppm", ".pgm", ".pbm", ".pnm", ".jfif", ".jpe", ".gif", ".avif", ".mpo", ".jp2"])
+def test_what_pillow_decodes_is_read_by_its_suffix(tmp_path, suffix):
+    """GTSRB's traffic signs are PPM files; browsers save .jfif and .avif."""
+    if suffix not in picture_suffixes():
+        pytest.skip("this Pillow does not decode it")
+    kind = {".jfif": "JPEG", ".jpe": "JPEG", ".mpo": "JPEG"}.get(suffix)
+    for name, grey in (("dark", 60), ("light", 190)):
+        (tmp_path / name).mkdir()
+        image = Image.linear_gradient("L").resize((32, 32)).point(lambda level, grey=grey: (level + grey) // 2)
+        image.convert("1" if suffix == ".pbm" else "RGB" if suffix != ".pgm" else "L").save(
+            tmp_path / name / f"0{suffix}", kind
+        )
+    found = find_photos(tmp_path)
+    assert len(found.files) == 2 and found.notes == () and check(found) == ()
+    dark, light = (np.asarray(open_photo(file).convert("L"), float).mean() for file in found.files)
+    assert light - dark > (20 if suffix != ".pbm" else 0)
+
+
+def test_a_pgm_of_any_depth_has_its_own_white(tmp_path):
+    """A PGM says which value is white, here 1023."""
+    (tmp_path / "x.pgm").write_bytes(b"P5 2 1 1023\n" + struct.pack(">HH", 0, 1023))
+    assert open_photo(tmp_path / "x.pgm").convert("L").tobytes() == bytes((0, 255))
+
+
+def test_heic_is_named_with_a_package_that_reads_it(root):
+    (root / "red kite" / "phone.HEIC").write_bytes(b"x")
+    notes = find_photos(root).notes
+    assert "1 .heic" in notes[0] and "pillow-heif" in notes[1]
