@@ -69,13 +69,12 @@ def test_accuracy_prints_every_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["accuracy.py", f"--work_dir={tmp_path / 'work'}", *flags])
     accuracy.main()
     output, done = capsys.readouterr().out, len(scripts)
-    report = output[output.index("| none | mixup | cutmix | stable_diffusion | noisecutmix | cutmix+noisecutmix |") :]
+    report = output[output.index("| none | cutmix | stable_diffusion | noisecutmix | cutmix+noisecutmix |") :]
     accuracy.main()
     assert capsys.readouterr().out.endswith(report) and len(scripts) == done  # nothing is drawn or trained again
     columns = json.loads((tmp_path / "work" / "accuracy.json").read_text())["accuracy"]
     counts = {column: {len(row["top1"]) for row in rows.values()} for column, rows in columns.items()}
-    half = {f"{count} a class, zero to four": {4} for count in (10, 20)}
-    assert counts == {**half, "10 a class, generator knows all": {1}, "all": {1}}
+    assert counts == {f"{count} a class, zero to four": {1} for count in (10, 20)}
     assert (tmp_path / "work" / "label_fit.png").is_file()
 
 

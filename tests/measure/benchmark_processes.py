@@ -34,7 +34,7 @@ def measure_processes() -> str:
 def draw(num_blocks: int, way: str) -> tuple[float, float, int]:
     """Return the seconds from the first start to the last end, the ideal ones, and the number of drawn blocks."""
     with tempfile.TemporaryDirectory() as folder:
-        script = str(Path(__file__).with_name("simulated.py"))
+        script = str(Path(__file__).resolve().parent.parent / "simulated.py")
         flags = ["--data_name=digits", "--device=cpu", f"--batch_size={BATCH_SIZE}", f"--output_dir={folder}/out"]
         flags += [f"--num_aug={num_blocks * BATCH_SIZE}"]
         processes = []
