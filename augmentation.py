@@ -24,10 +24,10 @@ FEW_BLOCKS = 3  # where so few are missing, other processes are probably drawing
 
 def main() -> None:
     options = cli.parse_augmentation()
+    device = script.choose_device(options.device)
 
     # slow imports, once the arguments are checked
     script.say("loading the libraries")
-    device = script.choose_device(options.device)
     from noisecutmix.files import describe_program
     from noisecutmix.folder import OutputFolder, describe_data
     from noisecutmix.plan import Plan

@@ -18,10 +18,10 @@ def main() -> None:
         return  # of several processes only one draws
     if any((options.output_dir / name).exists() for name in ("run.json", "metadata.jsonl", "soft_label.npy")):
         raise InputError(f"{options.output_dir} holds a data set; choose another folder", "output_dir")
+    device = script.choose_device(options.device)
 
     # slow imports, once the arguments are checked
     script.say("loading the libraries")
-    device = script.choose_device(options.device)
     from PIL import Image
     from tqdm import tqdm
 

@@ -14,7 +14,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES, DIGITS, as_command_line, load_module
+from conftest import CLASS_NAMES, DIGITS, ROOT, as_command_line, load_module
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
@@ -115,7 +115,7 @@ def test_an_unfinished_folder_is_refused_with_its_progress(folder, tmp_path, tin
     (root / "soft_label.npy").unlink()
     (root / "image" / "gen_0004.png").unlink()
     with pytest.raises(
-        InputError, match=r"11 of 12 items are done; continue with: python augmentation.py .*--num_aug=12"
+        InputError, match=r"11 of 12 items are done; continue with: python \S+augmentation.py .*--num_aug=12"
     ):
         AugmentedDataset(root)
 
@@ -127,7 +127,7 @@ def test_an_inconsistent_folder_is_refused(folder, tmp_path):
         AugmentedDataset(root)
     for damaged in (b"", b"\x93NUMPY\x01\x00\x06\x00{'a':("):
         (root / "soft_label.npy").write_bytes(damaged)
-        with pytest.raises(InputError, match=r"soft_label.npy is damaged; repair with: python augmentation.py"):
+        with pytest.raises(InputError, match=r"soft_label.npy is damaged; repair with: python \S+augmentation.py"):
             AugmentedDataset(root)
     with pytest.raises(InputError, match=r"is not a data set of augmentation.py"):
         AugmentedDataset(tmp_path / "nowhere")
@@ -141,7 +141,7 @@ def test_the_suggested_command_repairs_a_copy(tiny_arguments, folder, tmp_path):
     with pytest.raises(InputError) as refusal:
         AugmentedDataset(root)
     words = shlex.split(str(refusal.value).partition("repair with: ")[2])
-    assert words[:2] == ["python", "augmentation.py"] and words.count(f"--output_dir={root}") == 1
+    assert words[:2] == ["python", str(ROOT / "augmentation.py")] and words.count(f"--output_dir={root}") == 1
     with as_command_line(*words[1:], folder=tmp_path) as main:
         main()
     assert len(AugmentedDataset(root)) == 12

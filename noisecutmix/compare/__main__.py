@@ -141,9 +141,9 @@ def main() -> None:
     records = {name: read_set(folder, train) for name, folder in options.augmented.items()}
     train_hashes, test_hashes = hash_pictures(train.files), hash_pictures(test.files)
     num_leaked = len(set(train_hashes) & set(test_hashes))
-    script.say("loading the libraries")
     device = script.choose_device(options.device)
     dtype = launch.choose_training_dtype(device, options.dtype)
+    script.say("loading the libraries")
     sets = {name: open_set(options.augmented[name], train, record) for name, record in records.items()}
 
     # All that the classifiers depend on
