@@ -236,7 +236,7 @@ def test_opening_a_large_folder_is_cheap(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20e6
-    assert len(pickle.dumps(augmented)) < 1000  # the pickle is sent to each spawned worker
+    assert len(pickle.dumps(augmented)) < 4000  # of 200 class names; the pickle is sent to each spawned worker
 
 
 def test_the_pickle_has_one_size_for_any_number_of_items(tmp_path):

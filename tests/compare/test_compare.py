@@ -164,7 +164,7 @@ def wait_for_results(folder, number, process):
 
 @pytest.mark.slow
 def test_processes_continue_a_killed_comparison_and_share_it(folder, start):
-    arguments = ["--augmented=ours=aug", "--epochs=16"]
+    arguments = ["--augmented=ours=aug", "--epochs=16", "--seeds=3"]
     with as_command_line("noisecutmix.compare", *QUICK, *arguments, "--output_dir=whole", folder=folder) as main:
         main()
     killed = start(command("noisecutmix.compare", *QUICK, *arguments))
