@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         formatter = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
-        super().__init__(**{"formatter_class": formatter, "allow_abbrev": False, **settings})
+        program = Path(program_words()[-1]).name  # with -m, argparse would call it __main__.py
+        super().__init__(**{"prog": program, "formatter_class": formatter, "allow_abbrev": False, **settings})
         self.absolute = dict(ABSOLUTE)  # how `command` writes the values of flags, by their type
 
     def error(self, message: str) -> NoReturn:
