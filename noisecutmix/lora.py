@@ -141,9 +141,8 @@ def _check_settings(settings: dict[str, Any], file: Path) -> dict[str, Any]:
             raise refusal(file, f": the installed peft does not know the LoRA's setting {name}")
     needed = ("r", "lora_alpha")  # peft refuses a null, but replaces a missing one
     kept = {name: value for name, value in settings.items() if name in known and (value is not None or name in needed)}
-    patterns = {
-        name: settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")
-    }  # older versions need both
+    # older versions of diffusers need both
+    patterns = {name: settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     return kept | patterns | {"init_lora_weights": start if start in REPEATABLE_STARTS else True}
 
 

@@ -97,6 +97,7 @@ def test_snippets_run(first_command, monkeypatch, number):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
+@pytest.mark.slow  # .ci/quickstart runs it, too
 @pytest.mark.parametrize(("script", "arguments"), script_commands("sh")[1:])
 def test_the_other_commands_run(run_script, script, arguments):
     done = run_script(script, *arguments)

@@ -196,7 +196,7 @@ def format_table(summary: dict[str, dict[str, Any]], baseline: str, seen: dict[s
         seen: for each row how many real pictures the classifier and the generator saw, and how many augmented pictures
             the classifier chose from; the titles of these columns under the key "".
     """
-    lines = [["training", "top-1 (%)", "mean per class (%)", f"to {baseline}", "", *seen[""]]]
+    lines = [["training", "top-1 (%)", "mean per class (%)", f"difference to {baseline}", "verdict", *seen[""]]]
     for row, entry in summary.items():
         difference = f"{entry['difference']:+.2f}"
         if entry["standard_error"] is not None:
