@@ -8,12 +8,11 @@ import argparse
 import dataclasses
 import json
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
 from .. import launch, script
-from ..classes import META_CLASSES, STABLE_DIFFUSION
+from ..classes import STABLE_DIFFUSION
 from ..cli import Parser, add_machine_flags, as_name_or_path, as_number, as_path, as_text, check_model
 from ..errors import InputError, RunError, is_out_of_memory
 from ..files import check_writable, describe_differences, describe_program
@@ -143,18 +142,12 @@ def main() -> None:
         train_and_draw(options, photos, folder, description, steps)
     if launch.is_first_process():
         print(f"{folder.root} is complete: {steps} steps; look at {folder.root / PREVIEW_FILE}, then run")
-        print(f"python generation.py --data_name={name_folder(folder)}")
+        print(f"python generation.py --data_name={folder.data_name}")
 
 
 def count_steps(num_pictures: int, effective_batch: int, requested: int | None) -> int:
     """Return the number of training steps: those that are requested, or Diff-Mix's budget."""
     return requested or max(MIN_STEPS, math.ceil(PASSES * num_pictures / effective_batch))
-
-
-def name_folder(folder: TrainingFolder) -> str:
-    """Return the folder as a --data_name, quoted for a shell."""
-    name = folder.root.as_posix()
-    return shlex.quote(f"./{name}" if name in META_CLASSES else name)
 
 
 def describe_size(
@@ -289,7 +282,7 @@ def train(
                 folder.write_state(done, {**trainer.state(), "losses": losses})
                 folder.write_checkpoint(done, losses, classes, trainer.save)
             if is_stopping:
-                script.say(f"step {done} is saved; look: python generation.py --data_name={name_folder(folder)}")
+                script.say(f"step {done} is saved; look: python generation.py --data_name={folder.data_name}")
                 accelerator.wait_for_everyone()  # for the state: a launcher ends the others once one has ended
                 raise script.Stopped
 

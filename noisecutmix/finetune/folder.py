@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..classes import CLASSES_FILE, EMBEDDINGS_FILE, FINETUNE_FILE, LORA_FILE
+from ..classes import CLASSES_FILE, EMBEDDINGS_FILE, FINETUNE_FILE, LORA_FILE, META_CLASSES
 from ..errors import InputError
 from ..files import atomic_file, check_same, create_file, read_record
 from ..folder import PREVIEW_FILE
@@ -104,6 +105,12 @@ class TrainingFolder:
         create_file(self._record_file, _encode({**record, "steps": 0, "losses": []}))
         self.record = {**self._read_record(), "listing": record["listing"], "command": record["command"]}
         self._check_options(record["options"])
+
+    @property
+    def data_name(self) -> str:
+        """The folder as a --data_name, quoted for a shell."""
+        name = self.root.as_posix()
+        return shlex.quote(f"./{name}" if name in META_CLASSES else name)
 
     @property
     def checkpoint_steps(self) -> int:
