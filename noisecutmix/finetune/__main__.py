@@ -112,7 +112,9 @@ def main() -> None:
     device = script.choose_device(options.device)
     dtype = launch.choose_training_dtype(device, options.dtype)
     listing = describe_listing(photos)
-    launcher = ["accelerate", "launch", "--multi_gpu", f"--num_processes={num_processes}"] if num_processes > 1 else []
+    command = parser.command()
+    if num_processes > 1:
+        command = ["accelerate", "launch", "--multi_gpu", f"--num_processes={num_processes}", *command[1:]]
     model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
     dependencies = {
         **parser.relevant(options, NOT_OF_WEIGHTS, RECIPE),
@@ -131,7 +133,7 @@ def main() -> None:
         "meta_class": options.meta_class,
         "options": dependencies,
         "listing": listing,
-        **describe_program([*launcher, *parser.command()[len(launcher) and 1 :]]),
+        **describe_program(command),
         "processes": num_processes,
         "device": device,
     }
