@@ -19,6 +19,7 @@ from .recipe import read_row
 MIN_SEEDS = 3  # from which an error can be told
 SIGNIFICANCE = 0.05  # of the whole table: largest probability that it calls any of two equal rows better
 EQUAL = "no difference can be told"
+NO_ERROR = f"no error can be told: it needs {MIN_SEEDS} seeds and two test pictures"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def summarize(is_right: dict[str, np.ndarray], labels: np.ndarray, baseline: str
             "difference": difference,
             "standard_error": error,
             "p_value": None,
-            "verdict": "baseline" if row == baseline else f"no error can be told: it needs {MIN_SEEDS} seeds",
+            "verdict": "baseline" if row == baseline else NO_ERROR,
         }
         if row != baseline and error is not None:
             freedom = min(differences.shape) - 1  # of the seeds; as few test pictures count, too

@@ -49,7 +49,8 @@ def load_photos(
     except InputError as error:
         raise InputError(str(error), "test_dir") from error
     labels = tuple(places[label] for label in test.labels)
-    lacking = [name for label, name in enumerate(train.class_names) if label not in labels]
+    present = set(labels)
+    lacking = [name for label, name in enumerate(train.class_names) if label not in present]
     if len(lacking) == len(train.class_names):
         raise InputError(f"{test_dir} holds no picture; add some", "test_dir")
     notes = test.notes
