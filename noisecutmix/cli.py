@@ -240,6 +240,16 @@ def add_machine_flags(parser: argparse.ArgumentParser, dtype_help: str) -> Any:
     return machine
 
 
+def add_source_flags(add: Any, folder: str) -> None:
+    """Add the flags that say which pictures of a folder are for training, and how their classes are named."""
+    split = "of a published data set, whether its validation pictures are for training, too (default: trainval)"
+    add("--split", choices=("train", "trainval"), help=split)
+    pictures = f"text or CSV file: path below --{folder} and class of each picture for training"
+    add("--train_list", type=as_path, metavar="FILE", help=pictures)
+    names = "JSON file with the class name of each folder, an object or a list"
+    add("--class_names", type=as_path, metavar="FILE", help=names)
+
+
 def _add_number(group: Any, name: str, default: float | None, metavar: str, meaning: str) -> None:
     meaning += "" if default is None else " (default: %(default)s)"
     group.add_argument(f"--{name}", type=as_number(RANGES[name]), default=default, metavar=metavar, help=meaning)

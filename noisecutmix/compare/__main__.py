@@ -15,21 +15,23 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .. import launch, script
-from ..cli import Parser, add_machine_flags, as_number, as_path, as_text
+from ..cli import Parser, add_machine_flags, add_source_flags, as_number, as_path, as_text
 from ..errors import InputError, RunError, is_out_of_memory
 from ..files import check_writable
-from ..photos import check_photos
+from ..photos import Source, check_photos, find_archive
 from ..ranges import RANGES, Range
 from .comparison import Comparison
-from .recipe import MIXES, Recipe
+from .recipe import MIXES, Recipe, diffmix_flags
 from .sets import digest, hash_pictures, load_photos, open_set, read_set
 
 COUNT, RATE, SHARE = Range(int, 1, 10**8), Range(float, 0, 1e6), Range(float, 0, 1)
 RECIPE = [field.name for field in dataclasses.fields(Recipe)]
+# those that classify.json always has; later ones only where they are not at their default
+FIRST_OF_RECIPE = [field.name for field in dataclasses.fields(Recipe) if field.default is dataclasses.MISSING]
 # the flags on which no classifier depends, whether directly or by the content of files
 NOT_OF_RESULTS = (
-    *("train_dir", "test_dir", "augmented", "output_dir", "rows", "baseline", "seeds", "save_weights"),
-    *("device", "num_workers"),
+    *("train_dir", "test_dir", "train_list", "test_list", "split", "class_names", "augmented", "output_dir", "rows"),
+    *("baseline", "seeds", "save_weights", "device", "num_workers", "recipe"),
 )
 
 
@@ -38,10 +40,14 @@ def create_parser() -> Parser:
     parser.absolute[as_named_folder] = lambda text: f"{text.partition('=')[0]}={as_named_folder(text)[1].absolute()}"
     default = " (default: %(default)s)"
     add = parser.add_argument_group("pictures").add_argument
-    layout = "one folder of pictures per class"
-    add("--train_dir", type=as_path, required=True, metavar="DIR", help=f"real pictures for training, {layout}")
-    add("--test_dir", type=as_path, metavar="DIR", help=f"real pictures for the test, {layout}")
-    share = "without --test_dir: share of --train_dir, chosen by the seed, that is only for the test"
+    layout = "one folder of pictures per class, or CUB-200-2011, Flowers-102 or Aircraft as published"
+    add("--train_dir", type=as_path, required=True, metavar="DIR", help=f"real pictures for training: {layout}")
+    published = "(default: the published test pictures, else a share of --train_dir)"
+    add("--test_dir", type=as_path, metavar="DIR", help=f"real pictures for the test {published}")
+    add_source_flags(add, "train_dir")
+    tests = "text or CSV file: path below --train_dir and class of each picture for the test"
+    add("--test_list", type=as_path, metavar="FILE", help=tests)
+    share = "share of --train_dir, chosen by the seed, that is only for the test"
     add("--test_share", type=as_number(Range(float, 0.01, 0.99)), default=0.2, metavar="P", help=share + default)
     few = "training pictures per class, chosen by the seed (default: all)"
     add("--examples_per_class", type=as_number(COUNT), metavar="N", help=few)
@@ -63,17 +69,23 @@ def create_parser() -> Parser:
     add("--save_weights", action="store_true", help=weights)
 
     add = parser.add_argument_group("training").add_argument
+    recipe = "defaults as Diff-Mix trains classifiers, for --image_size 224, 384 or 448; any flag overrides them"
+    add("--recipe", choices=("diffmix",), help=recipe)
     add("--model", type=as_text, default="resnet50", metavar="NAME", help="any model of timm" + default)
     pretrained = "begin with random weights"
     add("--no_pretrained", dest="pretrained", action="store_false", help=pretrained)
     add("--epochs", type=as_number(COUNT), default=100, metavar="N", help="passes over the real pictures" + default)
     add("--batch_size", type=as_number(RANGES["batch_size"]), default=32, metavar="N", help="pictures a step" + default)
     add("--learning_rate", type=as_number(RATE), default=0.02, metavar="LR", help="peak learning rate of SGD" + default)
+    warm_up = "share of the steps in which the learning rate rises"
+    add("--warm_up", type=as_number(SHARE), default=0.05, metavar="P", help=warm_up + default)
     add("--weight_decay", type=as_number(RATE), default=5e-4, metavar="W", help="weight decay of SGD" + default)
     mixed = "share of the batches that rows with mixup and cutmix mix"
     add("--mix_probability", type=as_number(SHARE), default=0.5, metavar="P", help=mixed + default)
     side = "side of the classifier's pictures in pixels (default: the model's)"
     add("--image_size", type=as_number(RANGES["resolution"]), metavar="PIXELS", help=side)
+    resize = "scale a picture to a square of this side and crop it at random; without it, crops vary in size and shape"
+    add("--resize", type=as_number(RANGES["resolution"]), metavar="PIXELS", help=resize)
     crop = "smallest share of a picture that a random crop of the training shows"
     add("--crop_scale", type=as_number(Range(float, 0.01, 1)), default=0.08, metavar="P", help=crop + default)
     jitter = "largest random change of brightness, contrast and saturation, as a share"
@@ -98,6 +110,12 @@ def as_named_folder(text: str) -> tuple[str, Path]:
 def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
     """Return checked options; `augmented` is a dict of folders. Raises InputError."""
     options = parser.parse_args(arguments)
+    if options.recipe:
+        archive = find_archive(options.train_dir) if options.train_dir.is_dir() else None
+        flags = diffmix_flags(options.image_size, archive[0].data_name if archive else "")
+        options = parser.parse_args(arguments, argparse.Namespace(**flags))
+    if options.resize and options.resize < (options.image_size or options.resize):
+        raise InputError(f"{options.resize} pixels are fewer than --image_size={options.image_size}", "resize")
     names = [name for name, _ in options.augmented]
     if len({name.lower() for name in names}) < len(names):
         raise InputError("two data sets have the same name; give each another one", "augmented")
@@ -114,8 +132,11 @@ def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namesp
     folders = {"train_dir": options.train_dir.resolve()}
     if options.test_dir:
         folders["test_dir"] = options.test_dir.resolve()
+        if options.test_list:
+            raise InputError("give --test_dir or --test_list, not both", "test_list")
         for inner, outer in (("test_dir", "train_dir"), ("train_dir", "test_dir")):
-            if folders[outer] in (folders[inner], *folders[inner].parents):
+            is_inside = folders[outer] in (folders[inner], *folders[inner].parents)
+            if is_inside and not (folders[outer].is_dir() and find_archive(folders[outer])):
                 raise InputError(f"{folders[inner]} lies in --{outer}; the test needs pictures of its own", inner)
     for option, folder in folders.items():
         if folder in (output_dir, *output_dir.parents):
@@ -134,9 +155,14 @@ def main() -> None:
     options = parse(parser)
 
     # The pictures, in one order of classes
-    test_share = None if options.test_dir else options.test_share
-    train, test = load_photos(
-        options.train_dir, options.test_dir, options.test_share, options.examples_per_class, options.seed
+    train, test, tests_on_share = load_photos(
+        options.train_dir,
+        options.test_dir,
+        options.test_list,
+        options.test_share,
+        options.examples_per_class,
+        options.seed,
+        Source(options.split, options.train_list, options.class_names),
     )
     records = {name: read_set(folder, train) for name, folder in options.augmented.items()}
     train_hashes, test_hashes = hash_pictures(train.files), hash_pictures(test.files)
@@ -148,18 +174,19 @@ def main() -> None:
 
     # All that the classifiers depend on
     dependencies = {
-        **parser.relevant(options, NOT_OF_RESULTS, (*RECIPE, "seed", "examples_per_class", "keep")),
+        **parser.relevant(options, NOT_OF_RESULTS, (*FIRST_OF_RECIPE, "seed", "examples_per_class", "keep")),
         "dtype": dtype,
-        "test_share": test_share,
+        "test_share": options.test_share if tests_on_share else None,
         "class_names": list(train.class_names),
         "train_pictures": digest(*zip(train.labels, train_hashes)),
         "test_pictures": digest(*zip(test.labels, test_hashes)),
+        **({"banner": [train.banner, test.banner]} if train.banner or test.banner else {}),
         "augmented": {name: augmented.fingerprint for name, augmented in sets.items()},
         "timm": version("timm"),  # its weights and transforms
     }
     comparison = Comparison(
         options.output_dir,
-        Recipe(**{name: dependencies[name] for name in RECIPE}),
+        Recipe(**{name: dependencies[name] for name in RECIPE if name in dependencies}),
         dependencies,
         parser.command(),
         train,
@@ -193,7 +220,7 @@ def main() -> None:
         raise
     from .report import write_report
 
-    write_report(comparison, options.baseline, num_leaked, tests_on_share=options.test_dir is None)
+    write_report(comparison, options.baseline, num_leaked, tests_on_share)
     if options.save_weights and launch.is_first_process():
         from .classifier import explain_loading
 

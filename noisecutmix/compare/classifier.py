@@ -39,10 +39,11 @@ with warnings.catch_warnings():  # older versions of timm use what newer ones of
     from timm.data import create_transform, resolve_data_config
     from timm.optim import create_optimizer_v2
     from timm.scheduler.cosine_lr import CosineLRScheduler
+    from torchvision import transforms
 
 LABEL_SMOOTHING = 0.1
 MOMENTUM = 0.9
-WARM_UP = 0.05  # share of the steps
+PADDING = 8  # pixels around a resized picture, before a random crop, as in Diff-Mix
 NOT_FINITE = "use a lower learning_rate or dtype=bfloat16 in another folder"
 ALPHA = 1.0  # of MixUp's and CutMix's Beta distribution
 
@@ -73,6 +74,9 @@ class Classifier:
         self.model = model.to(self.device, memory_format=torch.channels_last)  # faster convolutions
         size = {"input_size": (3, recipe.image_size, recipe.image_size)} if recipe.image_size else {}
         self.data_config: dict[str, Any] = resolve_data_config(size, model=model)
+        if recipe.resize:  # timm scales the test's pictures to floor(side / crop_pct)
+            share = self.data_config["input_size"][1] / (recipe.resize + 0.5)
+            self.data_config |= {"crop_mode": "squash", "crop_pct": share}
 
     def steps(self, num_pictures: int) -> int:
         """Return the number of training steps with so many real pictures."""
@@ -111,13 +115,7 @@ class Classifier:
         recipe, device, num_pictures = self.recipe, self.device, len(photos.files)
 
         # Pictures: each real one may be replaced by an augmented one
-        transform = create_transform(
-            **self.data_config,
-            is_training=True,
-            scale=(recipe.crop_scale, 1.0),
-            hflip=0.5 if recipe.random_flip else 0.0,
-            color_jitter=recipe.color_jitter,
-        )
+        transform = self._training_transform()
         real = RealPictures(photos, transform, recipe.epochs)
         mixed = MixedDataset(
             real,  # type: ignore[arg-type]  # torch's data sets need no common base
@@ -136,7 +134,7 @@ class Classifier:
             self.model, opt="sgd", lr=recipe.learning_rate, weight_decay=recipe.weight_decay, momentum=MOMENTUM
         )
         schedule = CosineLRScheduler(
-            optimizer, steps + 1, warmup_t=math.ceil(WARM_UP * steps), warmup_lr_init=0.0, t_in_epochs=False
+            optimizer, steps + 1, warmup_t=math.ceil(recipe.warm_up * steps), warmup_lr_init=0.0, t_in_epochs=False
         )
         scaler = torch.amp.GradScaler(enabled=recipe.dtype == "float16")
 
@@ -180,6 +178,28 @@ class Classifier:
         metadata = {"model": self.arguments, "transform": self.data_config, "class_names": list(class_names)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         return save(tensors, {name: json.dumps(value, ensure_ascii=False) for name, value in metadata.items()})
+
+    def _training_transform(self) -> Any:
+        recipe, side = self.recipe, self.data_config["input_size"][1]
+        if not recipe.resize:
+            return create_transform(
+                **self.data_config,
+                is_training=True,
+                scale=(recipe.crop_scale, 1.0),
+                hflip=0.5 if recipe.random_flip else 0.0,
+                color_jitter=recipe.color_jitter,
+            )
+        if side > recipe.resize:
+            raise InputError(f"{recipe.resize} pixels are fewer than the {side} of {recipe.model}", "resize")
+        steps = [
+            transforms.Resize((recipe.resize, recipe.resize)),
+            transforms.RandomCrop(side, padding=PADDING),
+            transforms.RandomHorizontalFlip(0.5 if recipe.random_flip else 0.0),
+            transforms.ColorJitter(*[recipe.color_jitter] * 3),
+            transforms.ToTensor(),
+            transforms.Normalize(self.data_config["mean"], self.data_config["std"]),
+        ]
+        return transforms.Compose(steps)
 
     def _loader(self, items: Any, **batches: Any) -> DataLoader[Any]:
         workers, is_cuda = self.num_workers, self.device.startswith("cuda")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ..datasets import AugmentedDataset, MixedDataset
-from ..photos import Photos, open_photo
+from ..photos import Photos
 from ..plan import seed_sequence
 
 KEPT_PIXELS = 2**26  # of photos that are decoded only once, in each process that reads them: 200 MB
@@ -34,7 +34,7 @@ class RealPictures:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         index %= len(self._photos.files)
-        picture = self._kept.get(index) or open_photo(self._photos.files[index])
+        picture = self._kept.get(index) or self._photos.open(index)
         if index not in self._kept and (size := picture.width * picture.height) <= self._room:
             self._kept[index] = picture
             self._room -= size

@@ -15,6 +15,7 @@ from .. import launch
 from ..files import atomic_file
 from .comparison import MIN_ACCURACY, REFERENCE, Comparison, describe_weak_reference
 from .recipe import read_row
+from .sets import PUBLISHED
 
 MIN_SEEDS = 3  # from which an error can be told
 SIGNIFICANCE = 0.05  # of the whole table: largest probability that it calls any of two equal rows better
@@ -141,7 +142,7 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         entry["augmented_pictures"] = len(comparison.find_kept(name)) if name else 0
         seen[row] = (
             f"{num_train}",
-            "" if not name else "unknown" if num_seen is None else f"{num_seen}",
+            "" if not name else PUBLISHED.get(sets[name].checkpoint, "unknown") if num_seen is None else f"{num_seen}",
             f"{entry['augmented_pictures']}" if name else "",
         )
 
@@ -166,6 +167,17 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
             "The test pictures are a part of --train_dir. A generator that was fine-tuned on all of it has seen them: "
             "then the rows with augmented pictures come out too good, and only --test_dir is fair."
         )
+    for name, chosen in sets.items():
+        if chosen.checkpoint == "flower":
+            notes.append(
+                f"Warning: {name} was drawn with Diff-Mix's flower checkpoint, which was trained on a random half of "
+                "all pictures, so it may have seen half of the published test pictures: its rows may come out too good."
+            )
+        elif chosen.checkpoint and not comparison.test.published:
+            notes.append(
+                f"Warning: {name} was drawn with Diff-Mix's {chosen.checkpoint} checkpoint, which has seen the "
+                "published training pictures; only the published test pictures are new to it."
+            )
     if sets and comparison.result_file(REFERENCE).exists():
         top1 = comparison.read_top1(REFERENCE)
         pictures = ", ".join(f"highest_loss_{name}.png" for name in sets)

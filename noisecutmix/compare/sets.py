@@ -8,56 +8,84 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..classes import FINETUNE_FILE, match_classes
+from ..classes import FINETUNE_FILE, load_classes, match_classes
 from ..errors import InputError
 from ..files import read_json
 from ..folder import LABELS_FILE, read_run
-from ..photos import Photos, find_photos, split_photos
+from ..photos import Photos, Source, find_photos, split_photos
 from ..sources import fingerprint_checkpoint
 
 if TYPE_CHECKING:
     from .. import AugmentedDataset
 
 
+# what Diff-Mix's published checkpoints were trained on
+PUBLISHED = {
+    "cub": "published training pictures",
+    "aircraft": "published training pictures",
+    "flower": "a random half of all pictures",
+}
+
+
 class AugmentedSet(NamedTuple):
     """A data set of augmentation.py, its labels in the order of the real pictures' classes.
 
     `files` are its pictures; `seen` is the number of real pictures that its generator was fine-tuned on, and the seed
-    that chose them, None if it is not known.
+    that chose them, None if it is not known. `checkpoint` is the published one with which it was drawn: "cub",
+    "flower", "aircraft", or "" for any other.
     """
 
     pictures: "AugmentedDataset"
     files: list[Path]
     seen: tuple[int, int] | None
     fingerprint: str
+    checkpoint: str = ""
 
 
 def load_photos(
-    train_dir: Path, test_dir: Path | None, test_share: float, examples_per_class: int | None, seed: int
-) -> tuple[Photos, Photos]:
-    """Return the pictures for training and for the test, with the same classes in the same order. Raises InputError."""
-    if test_dir is None:
-        whole = find_photos(train_dir, option="train_dir")
+    train_dir: Path,
+    test_dir: Path | None,
+    test_list: Path | None,
+    test_share: float,
+    examples_per_class: int | None,
+    seed: int,
+    source: Source,
+) -> tuple[Photos, Photos, bool]:
+    """Return the pictures for training and for the test, with the same classes in the same order.
+
+    The test's are those of `test_dir` or `test_list`; without these, the published ones, or a share of `train_dir`,
+    which the third value tells.
+
+    Raises:
+        InputError: see `find_photos` and `split_photos`; or a class of the test is not in the training.
+    """
+    whole = find_photos(train_dir, option="train_dir", source=source)
+    if not (test_dir or test_list or whole.published):
         try:
-            return split_photos(whole, test_share, examples_per_class, seed)
+            return *split_photos(whole, test_share, examples_per_class, seed), True
         except InputError as error:
             raise InputError(f"{error}; add pictures, or give --test_dir", "train_dir") from error
-    train = find_photos(train_dir, examples_per_class, seed, "train_dir")
-    test = find_photos(test_dir, option="test_dir", allows_empty=True)
+    train = find_photos(train_dir, examples_per_class, seed, "train_dir", source=source)
+    option = "test_dir" if test_dir else "test_list" if test_list else "train_dir"
+    test_source = Source(list_file=test_list, class_names=source.class_names)
+    test = find_photos(test_dir or train_dir, option=option, is_test=True, source=test_source)
+    where = str(test_dir or test_list or train_dir)
     try:
-        places = match_classes(test.class_names, train.class_names, str(test_dir), "--train_dir", may_have_more=True)
+        places = match_classes(test.class_names, train.class_names, where, "--train_dir", may_have_more=True)
     except InputError as error:
-        raise InputError(str(error), "test_dir") from error
+        raise InputError(str(error), option) from error
+    if both := set(map(Path.resolve, train.files)) & set(map(Path.resolve, test.files)):
+        raise InputError(f"{min(both)} is among those for training, too; the test needs pictures of its own", option)
     labels = tuple(places[label] for label in test.labels)
     present = set(labels)
     lacking = [name for label, name in enumerate(train.class_names) if label not in present]
     if len(lacking) == len(train.class_names):
-        raise InputError(f"{test_dir} holds no picture; add some", "test_dir")
+        raise InputError(f"{where} holds no picture; add some", option)
     notes = test.notes
     if lacking:
         names = ", ".join(map(repr, lacking[:4])) + (", …" if len(lacking) > 4 else "")
         notes += (f"the test has no picture of {len(lacking)} classes ({names}); they are not scored",)
-    return train, dataclasses.replace(test, class_names=train.class_names, labels=labels, notes=notes)
+    return train, dataclasses.replace(test, class_names=train.class_names, labels=labels, notes=notes), False
 
 
 def match_folder(option: str, folder: Path, names: Sequence[str], wanted: Sequence[str]) -> list[int]:
@@ -108,7 +136,7 @@ def open_set(folder: Path, photos: Photos, record: dict[str, Any]) -> AugmentedS
         fingerprint = digest(record["options"], labels, hash_pictures(files))
     except InputError as error:
         raise InputError(str(error), "augmented") from error
-    return AugmentedSet(pictures, files, find_seen(record), fingerprint)
+    return AugmentedSet(pictures, files, find_seen(record), fingerprint, find_checkpoint(record))
 
 
 def find_seen(record: dict[str, Any]) -> tuple[int, int] | None:
@@ -120,3 +148,15 @@ def find_seen(record: dict[str, Any]) -> tuple[int, int] | None:
         return (int(options["num_pictures"]), int(options["seed"])) if is_same else None
     except (InputError, ValueError, LookupError, TypeError):
         return None
+
+
+def find_checkpoint(record: dict[str, Any]) -> str:
+    """Return which of Diff-Mix's published checkpoints an augmented set was drawn with, "" if none of them."""
+    try:
+        ckpt_path, options = Path(record["ckpt_path"]), record["options"]
+        if (ckpt_path / FINETUNE_FILE).exists() or fingerprint_checkpoint(ckpt_path) != options["checkpoint"]:
+            return ""
+    except (InputError, LookupError, TypeError):
+        return ""
+    names = (name for name in PUBLISHED if list(load_classes(name).names) == options["class_names"])
+    return next(names, "")

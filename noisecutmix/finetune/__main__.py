@@ -13,11 +13,11 @@ from typing import Any
 
 from .. import launch, script
 from ..classes import STABLE_DIFFUSION
-from ..cli import Parser, add_machine_flags, as_name_or_path, as_number, as_path, as_text, check_model
+from ..cli import Parser, add_machine_flags, add_source_flags, as_name_or_path, as_number, as_path, as_text, check_model
 from ..errors import InputError, RunError, is_out_of_memory
 from ..files import check_writable, describe_differences, describe_program
 from ..folder import PREVIEW_FILE
-from ..photos import Photos, find_photos
+from ..photos import Photos, Source, find_photos
 from ..plan import seed_record
 from ..ranges import RANGES, Range
 from ..sources import fingerprint_model
@@ -29,8 +29,9 @@ RECIPE = [field.name for field in dataclasses.fields(Recipe)]
 COUNT, RATE = Range(int, 1, 10**8), Range(float, 1e-12, 1e6)
 # the flags on which no weight depends, whether directly or, as the model, by the content of files
 NOT_OF_WEIGHTS = (
-    *("data_dir", "output_dir", "checkpointing_steps", "preview_steps", "max_train_steps", "model", "device"),
-    *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("data_dir", "train_list", "split", "class_names", "output_dir", "checkpointing_steps", "preview_steps"),
+    *("max_train_steps", "model", "device", "train_batch_size", "gradient_accumulation_steps"),
+    "gradient_checkpointing",
 )
 
 
@@ -38,7 +39,9 @@ def create_parser() -> Parser:
     parser = Parser(description="Fine-tune on pictures, one folder per class. The same command continues after a stop.")
     default = " (default: %(default)s)"
     add = parser.add_argument_group("pictures").add_argument
-    add("--data_dir", type=as_path, required=True, metavar="DIR", help="folder with one folder of pictures per class")
+    layout = "one folder of pictures per class, or CUB-200-2011, Flowers-102 or Aircraft as published"
+    add("--data_dir", type=as_path, required=True, metavar="DIR", help=layout)
+    add_source_flags(add, "data_dir")
     add("--meta_class", type=as_word, required=True, metavar="WORD", help="word for all classes, such as bird")
     few = "pictures per class, chosen by the seed (default: all)"
     add("--examples_per_class", type=as_number(COUNT), metavar="N", help=few)
@@ -102,7 +105,8 @@ def main() -> None:
 
     # What is trained, and how long
     num_processes = launch.count_group()
-    photos = find_photos(options.data_dir, options.examples_per_class, options.seed)
+    source = Source(options.split, options.train_list, options.class_names)
+    photos = find_photos(options.data_dir, options.examples_per_class, options.seed, source=source)
     folder = TrainingFolder(options.output_dir)
     effective_batch = options.train_batch_size * options.gradient_accumulation_steps * num_processes
     steps = count_steps(len(photos.files), effective_batch, options.max_train_steps)
@@ -124,6 +128,7 @@ def main() -> None:
         **({} if options.lr_scheduler == "constant" else {"max_train_steps": steps}),
         "class_names": list(photos.class_names),
         "num_pictures": len(photos.files),
+        **({"banner": photos.banner} if photos.banner else {}),
         "pictures": check_pictures(photos, options.resolution, folder, listing),
         "model": fingerprint_model(model, prefers_half=dtype == "float16"),
     }
@@ -158,9 +163,8 @@ def describe_size(
     """Print the size of the data set and of the training."""
     for note in photos.notes:
         script.say(note)
-    names = photos.class_names
     script.say(
-        f"{len(names)} classes ({names[0]!r} to {names[-1]!r}), {len(photos.files)} pictures; "
+        f"{len(photos.class_names)} classes ({photos.class_names[0]!r} to …), {len(photos.files)} pictures; "
         f"{steps} steps of {effective_batch} pictures ({options.train_batch_size} in a batch x "
         f"{options.gradient_accumulation_steps} accumulated x {num_processes} processes): "
         f"{steps * effective_batch / len(photos.files):.1f} passes"
@@ -186,8 +190,7 @@ def train_and_draw(
     if accelerator.num_processes != description["processes"]:
         raise InputError("several processes need cuda or cpu; start one process for another device", "device")
     for others in gather_object([dependencies]):  # another machine may have other files
-        differences = describe_differences(others, dependencies)
-        if differences:
+        if differences := describe_differences(others, dependencies):
             raise InputError(f"the processes have another {differences}; use the same command and files in all of them")
 
     # Train and draw

@@ -29,7 +29,8 @@ class Recipe:
 
     `examples_per_class` is None for all pictures; `effective_batch` is the number of pictures in a step; `pictures` and
     `model` are fingerprints of the files; `max_train_steps` is None with a constant schedule, which does not depend on
-    it. The others are flags of the same names.
+    it; `banner` is the height in pixels of what is cut from the bottom of each picture. The others are flags of the
+    same names.
     """
 
     meta_class: str
@@ -49,6 +50,7 @@ class Recipe:
     pictures: str
     model: str
     max_train_steps: int | None = None
+    banner: int = 0
 
 
 class TrainingFolder:

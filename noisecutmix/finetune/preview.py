@@ -8,7 +8,7 @@ from .. import script
 from ..classes import Classes
 from ..files import write_png
 from ..generator import NoiseCutMixGenerator
-from ..photos import Photos, crop_square, open_photo
+from ..photos import Photos, crop_square
 from ..plan import Item, Plan
 from ..preview import MAX_PICTURES, draw_comparison
 from .folder import Recipe
@@ -40,6 +40,6 @@ def draw_preview(file: Path, recipe: Recipe, photos: Photos, *, model: str, devi
     # Beside a real picture of each class
     rows = []
     for label, name in enumerate(names):
-        real = crop_square(open_photo(photos.files[photos.labels.index(label)]), side)
+        real = crop_square(photos.open(photos.labels.index(label)), side)
         rows.append((name, [real, *drawn[DRAWN_PER_CLASS * label : DRAWN_PER_CLASS * (label + 1)]]))
     write_png(file, draw_comparison(rows))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .. import script
 from ..errors import InputError, RunError
-from ..photos import Photos, crop_square, open_photo
+from ..photos import Photos, crop_square
 from ..plan import seed_sequence
 
 ENCODED_PIXELS = 2**20  # in one call of the VAE, four pictures of 512x512: more need more memory and are not faster
@@ -197,7 +197,7 @@ class PictureLatents:
         """Return a picture (3, resolution, resolution) within -1 to 1."""
         picture, is_flipped, position = view
         try:
-            image = open_photo(self._photos.files[picture])
+            image = self._photos.open(picture)
         except InputError as error:
             raise RunError(f"{error}; it could be read when this run began") from error
         image = crop_square(image, self._resolution, position)

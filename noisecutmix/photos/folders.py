@@ -26,10 +26,17 @@ SPLITS = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([ _
 
 
 class Listing(NamedTuple):
-    """The pictures of each class, by its name in label order; and sentences about what is not used."""
+    """The pictures of each class, by its name in label order; and sentences about what is not used.
+
+    `root` holds all of them. For a published data set, `published` is its name, and `banner` is the height in pixels of
+    what is cut from the bottom of each picture.
+    """
 
     pictures: dict[str, list[Path]]
     notes: list[str]
+    root: Path
+    published: str = ""
+    banner: int = 0
 
 
 @functools.cache
@@ -64,7 +71,7 @@ def list_class_folders(root: Path, allows_empty: bool) -> Listing:
             raise InputError(f"{folder} holds no picture ({', '.join(picture_suffixes())}); add some or delete it")
     suffixes = picture_suffixes() + ARCHIVES
     loose = [path for path, is_folder in entries if not is_folder and path.suffix.lower() in suffixes]
-    return Listing(pictures, walk.notes(len(loose)))
+    return Listing(pictures, walk.notes(len(loose)), root)
 
 
 class _Walk:

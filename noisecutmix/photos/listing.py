@@ -8,16 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
+from ..classes import find_repeated
 from ..errors import InputError
-from .folders import list_class_folders
-from .opening import Inspection, inspect_photo
+from .folders import Listing, list_class_folders
+from .lists import find_names, read_list
+from .opening import Inspection, inspect_photo, open_photo
+from .published import find_archive, list_archive
 
 
 @dataclass(frozen=True)
 class Photos:
     """A folder of pictures: `labels[i]` is the class of `files[i]`; label k is `class_names[k]`.
 
-    `notes` are sentences about what is not used, to be printed for the user.
+    `notes` are sentences about what is not used, to be printed for the user. `published` is the name of a data set that
+    is read as published; `banner` is the height in pixels of what is cut from the bottom of each picture.
     """
 
     root: Path
@@ -25,6 +31,28 @@ class Photos:
     files: tuple[Path, ...]
     labels: tuple[int, ...]
     notes: tuple[str, ...]
+    published: str = ""
+    banner: int = 0
+
+    def open(self, index: int) -> Image.Image:
+        """Return a picture as `open_photo` does, without its banner."""
+        picture = open_photo(self.files[index])
+        return picture.crop((0, 0, picture.width, picture.height - self.banner)) if self.banner else picture
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which pictures of a folder are used, and how their classes are named.
+
+    Args:
+        split: of a published data set, "train" or "trainval" (with the validation's pictures).
+        list_file: names the pictures and their classes, instead of folders.
+        class_names: gives class folders their names; see `find_names`.
+    """
+
+    split: str | None = None
+    list_file: Path | None = None
+    class_names: Path | None = None
 
 
 def find_photos(
@@ -32,32 +60,37 @@ def find_photos(
     examples_per_class: int | None = None,
     seed: int = 0,
     option: str = "data_dir",
-    allows_empty: bool = False,
+    is_test: bool = False,
+    source: Source = Source(),
 ) -> Photos:
     """List the pictures below each class's folder, in the order of torchvision's ImageFolder.
 
-    Hidden files and folders, and folders such as @eaDir, are not used.
+    Hidden files and folders, and folders such as @eaDir, are not used. CUB-200-2011, Oxford Flowers-102 and
+    FGVC-Aircraft are read as published, with their own order of classes.
 
     Args:
-        root: holds one folder per class; pictures may lie at any depth below it.
+        root: holds one folder per class; pictures may lie at any depth below it. Or a published data set.
         examples_per_class: the number of pictures of each class, chosen by `seed`; None takes all.
         seed: see `examples_per_class`.
         option: the parameter that the messages name.
-        allows_empty: whether a class may have no picture.
+        is_test: whether a class may have no picture, and those for the test are meant.
+        source: see there.
 
     Raises:
         InputError: there are not at least two classes, a class has no picture, two folders have the same name, the
             folders are splits rather than classes, they are a data set of augmentation.py, or a link leads nowhere, to
-            a picture of another class, or to a folder that holds the class folders.
+            a picture of another class, or to a folder that holds the class folders; see also `list_archive`,
+            `read_list` and `find_names`.
     """
     if not root.is_dir():
         raise InputError(f"{root} is {'a file' if root.exists() else 'not there'}; give a folder", option)
     try:
-        pictures, notes = list_class_folders(root, allows_empty)
+        listing = _list(root, is_test, source)
     except InputError as error:
-        raise InputError(str(error), option) from error
+        raise InputError(error.message, error.option or option) from error
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}", option) from error
+    root, pictures, notes = listing.root, listing.pictures, listing.notes
     num_small = sum(len(of_class) < (examples_per_class or 0) for of_class in pictures.values())
     if num_small:
         notes.append(f"{num_small} classes have fewer than {examples_per_class} pictures; all of them are used")
@@ -66,7 +99,23 @@ def find_photos(
             in_order = sorted(of_class, key=lambda file: _random_key(seed, root, file))
             pictures[name] = sorted(in_order[:examples_per_class])
     labels = (label for label, of_class in enumerate(pictures.values()) for _ in of_class)
-    return Photos(root, tuple(pictures), tuple(itertools.chain(*pictures.values())), tuple(labels), tuple(notes))
+    files = tuple(itertools.chain(*pictures.values()))
+    return Photos(root, tuple(pictures), files, tuple(labels), tuple(notes), listing.published, listing.banner)
+
+
+def _list(root: Path, is_test: bool, source: Source) -> Listing:
+    """List a published data set, or the pictures of a list, or those of class folders."""
+    archive = None if source.list_file else find_archive(root)
+    if archive:
+        return list_archive(*archive, "test" if is_test else source.split or "trainval")
+    if source.split:
+        raise InputError(f"{root} is not a published data set with a split; omit this flag", "split")
+    listing = read_list(source.list_file, root) if source.list_file else list_class_folders(root, is_test)
+    names, file = find_names(root, list(listing.pictures), source.class_names)
+    if repeated := find_repeated(names):
+        raise InputError(f"{file or root} gives two classes the name {repeated!r}; rename one")
+    notes = [*listing.notes, *([f"class names are those of {file}"] if file else [])]
+    return listing._replace(pictures=dict(zip(names, listing.pictures.values())), notes=notes)
 
 
 def split_photos(

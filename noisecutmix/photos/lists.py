@@ -1,0 +1,120 @@
+"""Lists of pictures with their classes, and files that give class folders their names."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+from ..classes import comparison_key
+from ..errors import InputError
+from .folders import Listing, picture_suffixes
+
+HEADER = ("file", "filename", "file_name", "path", "filepath", "image", "image_path", "img", "name", "id")
+# beside train/ and valid/ in re-packagings of Oxford Flowers-102, and in CUB-200-2011
+NAME_FILES = ("cat_to_name.json", "classes.txt")
+
+
+def read_list(file: Path, root: Path) -> Listing:
+    """List the pictures that a text or CSV file names: a path below `root` and a class in each line, a header if any.
+
+    Comma and tab separate the two, else the first space, so that class names may hold spaces. A line of a path alone is
+    of the class of its folder. A path may lack the picture's suffix. Labels are in the order of the sorted names.
+
+    Raises:
+        InputError: the list cannot be read, or a picture is not there, not below `root`, or listed twice.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{file} cannot be read: {error}; give a text or CSV file of paths and classes") from error
+    sample = next((line for line in lines if line.strip()), "")
+    separator = next((sign for sign in "\t," if sign in sample), "")
+    labels: dict[Path, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        cells = next(csv.reader([line], delimiter=separator)) if separator else line.split(maxsplit=1)
+        cells = [cell.strip() for cell in cells if cell.strip()]
+        if not labels and cells and cells[0].lower() in HEADER:
+            continue
+        if len(cells) > 2:
+            raise InputError(f"{file}, line {number}: {len(cells)} columns; keep the path and the class")
+        path = _find_picture(root, cells[0])
+        if path is None:
+            raise InputError(f"{file}, line {number}: there is no picture {root / cells[0]}")
+        if root.resolve() not in path.resolve().parents:
+            raise InputError(f"{file}, line {number}: {path} is not in {root}; give paths below it")
+        if path in labels:
+            raise InputError(f"{file}, line {number}: {path} is listed already; remove one line")
+        labels[path] = cells[1] if len(cells) > 1 else path.parent.name
+    pictures: dict[str, list[Path]] = {name: [] for name in sorted(set(labels.values()))}
+    if len(pictures) < 2:
+        raise InputError(f"{file} names {len(pictures)} classes, but at least two are needed")
+    keys: dict[str, str] = {}
+    for name in pictures:
+        if (other := keys.setdefault(comparison_key(name), name)) != name:
+            raise InputError(f"{file}: {other!r} and {name!r} count as the same class name; rename one")
+    for path, name in labels.items():
+        pictures[name].append(path)
+    return Listing({name: sorted(files) for name, files in pictures.items()}, [], root)
+
+
+def _find_picture(root: Path, name: str) -> Path | None:
+    candidates = (root / name, *(root / f"{name}{suffix}" for suffix in picture_suffixes()))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def find_names(root: Path, folders: list[str], file: Path | None) -> tuple[list[str], Path | None]:
+    """Return the class names of folders, and the file that gives them, None where the folders are named so themselves.
+
+    Args:
+        root: holds the folders; without `file`, one of `NAME_FILES` in it or beside it is used if it names all folders.
+        folders: their names, sorted.
+        file: JSON, an object of names by folder or a list in the order of the folders.
+
+    Raises:
+        InputError: the file cannot be read, or does not name each folder.
+    """
+    if file is None:
+        for place in (root, root.resolve().parent):
+            for found in (place / name for name in NAME_FILES):
+                names = _read_names(found)
+                if isinstance(names, dict) and all(_key(folder) in names for folder in folders):
+                    return [names[_key(folder)] for folder in folders], found
+        return folders, None
+    names = _read_names(file)
+    if isinstance(names, dict):
+        if missing := [folder for folder in folders if _key(folder) not in names]:
+            raise InputError(f"{file} has no name for the folder {missing[0]!r}", "class_names")
+        return [names[_key(folder)] for folder in folders], file
+    if names is None or len(names) != len(folders):
+        what = "is no JSON file of names" if names is None else f"has {len(names)} names for {len(folders)} folders"
+        raise InputError(f"{file} {what}; give an object of names by folder, or a list", "class_names")
+    if all(folder.isdecimal() for folder in folders) and folders != sorted(folders, key=int):
+        raise InputError(
+            f"{file} is a list, but the folders are numbers, whose order is 1, 10, 2 for some programs and 1, 2, 10 "
+            "for others; give an object of names by folder",
+            "class_names",
+        )
+    return names, file
+
+
+def _read_names(file: Path) -> dict[str, str] | list[str] | None:
+    """Return the names by folder or in order, None if a file does not hold names."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix != ".json":
+            entries = [re.fullmatch(r"(\d+)\s+(.+)", line.strip()) for line in text.splitlines() if line.strip()]
+            return {_key(entry[1]): entry[2] for entry in entries if entry} if all(entries) else None
+        content = json.loads(text)
+    except (OSError, ValueError):
+        return None
+    values = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(values, list) or not all(isinstance(name, str) and name.strip() for name in values):
+        return None
+    return {_key(name): value for name, value in content.items()} if isinstance(content, dict) else values
+
+
+def _key(folder: str) -> str:
+    """Return a folder's name without the zeros before a number: 001 is 1."""
+    return folder.lstrip("0") or "0" if folder.isdecimal() else folder
