@@ -7,7 +7,6 @@ accelerate launch --num_processes=2 -m noisecutmix.finetune --data_dir=photos --
 import argparse
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from ..photos import Photos, Source, find_photos
 from ..plan import seed_record
 from ..ranges import RANGES, Range
 from ..sources import fingerprint_model
-from .folder import Recipe, TrainingFolder, check_pictures, describe_listing
+from .folder import MIN_STEPS, PASSES, Recipe, TrainingFolder, check_pictures, count_steps, describe_listing
 
-PASSES, MIN_STEPS = 47, 1000  # Diff-Mix's budget for CUB: 280,000 pictures over 5,994
 SMOOTHED_OVER = 50  # steps, over which the displayed loss is averaged
 RECIPE = [field.name for field in dataclasses.fields(Recipe)]
 COUNT, RATE = Range(int, 1, 10**8), Range(float, 1e-12, 1e6)
@@ -105,8 +103,8 @@ def main() -> None:
 
     # What is trained, and how long
     num_processes = launch.count_group()
-    source = Source(options.split, options.train_list, options.class_names)
-    photos = find_photos(options.data_dir, options.examples_per_class, options.seed, source=source)
+    sources = Source(options.split, options.train_list, options.class_names)
+    photos = find_photos(options.data_dir, options.examples_per_class, options.seed, source=sources)
     folder = TrainingFolder(options.output_dir)
     effective_batch = options.train_batch_size * options.gradient_accumulation_steps * num_processes
     steps = count_steps(len(photos.files), effective_batch, options.max_train_steps)
@@ -152,19 +150,15 @@ def main() -> None:
         print(f"python generation.py --data_name={folder.data_name}")
 
 
-def count_steps(num_pictures: int, effective_batch: int, requested: int | None) -> int:
-    """Return the number of training steps: those that are requested, or Diff-Mix's budget."""
-    return requested or max(MIN_STEPS, math.ceil(PASSES * num_pictures / effective_batch))
-
-
 def describe_size(
     photos: Photos, steps: int, effective_batch: int, options: argparse.Namespace, num_processes: int
 ) -> None:
     """Print the size of the data set and of the training."""
     for note in photos.notes:
         script.say(note)
+    names = photos.class_names
     script.say(
-        f"{len(photos.class_names)} classes ({photos.class_names[0]!r} to …), {len(photos.files)} pictures; "
+        f"{len(names)} classes ({names[0]!r} to {names[-1]!r}), {len(photos.files)} pictures; "
         f"{steps} steps of {effective_batch} pictures ({options.train_batch_size} in a batch x "
         f"{options.gradient_accumulation_steps} accumulated x {num_processes} processes): "
         f"{steps * effective_batch / len(photos.files):.1f} passes"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -21,6 +22,7 @@ LATENTS_FILE = "latents.bin"
 CHECKPOINT = (LORA_FILE, EMBEDDINGS_FILE, CLASSES_FILE)
 STATE = re.compile(r"state_(\d+)\.pt")
 STATES_KEPT = 2
+PASSES, MIN_STEPS = 47, 1000  # Diff-Mix's budget for CUB: 280,000 pictures over 5,994
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,11 @@ class TrainingFolder:
             if record is None and file.exists():
                 raise InputError(f"{file} is not from this program; choose another folder", "output_dir")
         return record or {}
+
+
+def count_steps(num_pictures: int, effective_batch: int, requested: int | None) -> int:
+    """Return the number of training steps: those that are requested, or Diff-Mix's budget."""
+    return requested or max(MIN_STEPS, math.ceil(PASSES * num_pictures / effective_batch))
 
 
 def describe_listing(photos: Photos) -> str:

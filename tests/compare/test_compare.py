@@ -15,6 +15,7 @@ import torch
 from conftest import MAX_WAIT, as_command_line, command, write_photos
 from PIL import Image
 
+from noisecutmix.compare.__main__ import create_parser, parse
 from noisecutmix.compare.report import summarize
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.folder import OutputFolder
@@ -304,8 +305,9 @@ def test_wrong_labels_come_out_worse(folder):
     assert row["verdict"] == "worse" and row["difference"] < -2 * row["standard_error"]
 
 
-def test_the_lines_that_use_saved_weights_run(folder, capsys, monkeypatch):
-    arguments = ["--augmented=ours=aug", "--rows", "none", "cutmix", "ours", "--seeds=1"]
+@pytest.mark.parametrize("more", [[], ["--resize=40"]])
+def test_the_lines_that_use_saved_weights_run(folder, capsys, monkeypatch, more):
+    arguments = ["--augmented=ours=aug", "--rows", "none", "cutmix", "ours", "--seeds=1", *more]
     rows = classify(folder, *arguments, "--save_weights")["rows"]
     lines = capsys.readouterr().out.split("classifier of a row:\n\n")[1].splitlines()
     assert len(lines) == 5
@@ -351,6 +353,9 @@ def test_weights_are_saved_after_a_comparison_without_them(folder):
         (["--dtype=float16"], "--dtype: float16 needs cuda"),
         (["--test_dir=broken"], "broken.*0.png cannot be read"),
         (["--augmented=ours=damaged"], "damaged.*gen_0003.png cannot be read"),
+        (["--resize=16"], "--resize: 16 pixels are fewer than --image_size=32"),
+        (["--test_list=list.txt"], "--test_list: give --test_dir or --test_list, not both"),
+        (["--split=train"], "--split: train is not a published data set with a split"),
         (["--batch_size=1"], "--model: test_byobnet cannot train on 1 pictures of 32x32: "),
     ],
 )
@@ -439,6 +444,27 @@ def test_a_test_without_a_class_scores_the_others(folder, capsys):
     assert predictions.shape == (20, 3)
     assert missing["rows"]["none"]["top1"] == [100 * (predictions.argmax(1) == labels).mean()]
     assert "no picture of 1 classes" in (folder / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_recipe_gives_defaults_that_flags_override(folder):
+    quick = [
+        "--model=test_byobnet",
+        "--no_pretrained",
+        "--epochs=2",
+        "--batch_size=8",
+        "--num_workers=0",
+        "--device=cpu",
+    ]
+    quick += ["--train_dir=train", "--test_dir=test", "--rows", "none", "cutmix", "--seeds=1"]
+    with as_command_line("noisecutmix.compare", "--recipe=diffmix", *quick, "--output_dir=out", folder=folder) as main:
+        main()
+    options = json.loads((folder / "out" / "classify.json").read_text())["options"]
+    wanted = {"image_size": 224, "resize": 256, "learning_rate": 0.05, "warm_up": 0.1, "color_jitter": 0.0}
+    assert options.items() >= {**wanted, "weight_decay": 5e-4, "epochs": 2, "batch_size": 8}.items()
+    parser = create_parser()
+    folders = ["--train_dir=x", "--output_dir=y", "--recipe=diffmix"]
+    assert parse(parser, [*folders, "--image_size=448"]).resize == 512
+    assert parse(parser, [*folders, "--image_size=384"]).resize == 440
 
 
 def test_a_share_of_the_batches_is_mixed(folder):

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from test_bad_input import files_below, run_without_torch
 
 from noisecutmix.errors import InputError, RunError
-from noisecutmix.finetune.__main__ import count_steps
+from noisecutmix.finetune.folder import count_steps
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, flags, trained, monkeypatch, capsys):

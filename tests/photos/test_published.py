@@ -5,11 +5,14 @@ Each class has its own colour, so a picture tells which class it is of.
 
 import colorsys
 import json
+import re
+import shlex
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
-from conftest import as_command_line, in_old_keys, write_checkpoint
+from conftest import ROOT, as_command_line, command, in_old_keys, offline_environment, write_checkpoint
 from finetuning import finetune
 from PIL import Image
 from scipy.io import savemat
@@ -341,3 +344,30 @@ def test_a_list_that_does_not_fit_is_refused(tmp_path, lines, message):
     write_lines(tmp_path / "train.txt", lines)
     with pytest.raises(InputError, match=message):
         find_photos(tmp_path / "photos", source=Source(list_file=tmp_path / "train.txt"))
+
+
+@pytest.mark.slow
+def test_the_three_commands_of_the_readme_answer_on_cub(archives, tmp_path, tiny_model, tiny_lora):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"```sh gpu\n(.*?)```", text, re.DOTALL) if "CUB_200_2011" in block)
+    checkpoint = write_checkpoint(tmp_path / "ckpt", in_old_keys(tiny_lora), class_names=NAMES["cub"])
+    shutil.copytree(archives / "cub" / "CUB_200_2011", tmp_path / "CUB_200_2011")
+    drawing = f"--model={tiny_model} --ckpt_path={checkpoint} --resolution=16 --num_aug=40 --num_inference_steps=1"
+    classifying = "--model=test_resnet --no_pretrained --image_size=32 --epochs=1 --seeds=1 --num_workers=0"
+    sizes = {"augmentation.py": drawing.split(), "noisecutmix.compare": classifying.split()}
+    commands = re.findall(r"uv run .*?(augmentation\.py|noisecutmix\.compare) (.*)", block)
+    assert len(commands) == 3
+    for script, flags in commands:
+        done = subprocess.run(
+            command(script, *shlex.split(flags), *sizes[script], "--device=cpu"),
+            cwd=tmp_path,
+            env=offline_environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "CUB-200-2011 as published: 400 pictures for training, 200 for the test" in done.stderr
+    results = json.loads((tmp_path / "outputs" / "answer" / "results.json").read_text())["rows"]
+    rows = "none cutmix noisecutmix cutmix+noisecutmix stable_diffusion cutmix+stable_diffusion"
+    assert list(results) == rows.split()
+    assert "published training pictures" in done.stdout
