@@ -29,23 +29,27 @@ def main() -> None:
     # slow imports, once the arguments are checked
     script.say("loading the libraries")
     from noisecutmix.files import describe_program
-    from noisecutmix.folder import OutputFolder, describe_data
+    from noisecutmix.folder import OutputFolder, describe_data, read_run
     from noisecutmix.plan import Plan
+    from noisecutmix.sources import find_commit, pin_model
 
     classes, dtype = options.classes, options.dtype or default_dtype(device)
     plan = Plan(num_classes=len(classes.names), **cli.plan_arguments(options))
-    data = describe_data(options.data_flags, classes, options.model, options.ckpt_path, dtype)
+    model = pin_model(options.model, read_run(options.output_dir, "output_dir"))
+    data = describe_data(options.data_flags, classes, model, options.ckpt_path, dtype)
     folder = OutputFolder(options.output_dir, plan, options.num_aug, classes.names, data)
     folder.check_usable()
     if not folder.is_complete(options.verify):
         from noisecutmix.generator import create_generator
 
         # loaded before anything is written, since model and checkpoint may be wrong
-        generator = create_generator(device, classes, plan, **cli.generator_arguments(options))
+        arguments = {**cli.generator_arguments(options), "model": model}
+        generator = create_generator(device, classes, plan, **arguments)
         run = {
             **describe_program(options.command),
             "data_name": options.data_name,
             "model": options.model,
+            "model_commit": find_commit(model),
             "ckpt_path": str(options.ckpt_path.absolute()),
             "batch_size": options.batch_size,
             "device": device,

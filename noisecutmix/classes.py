@@ -80,7 +80,10 @@ def _read_finetuned(folder: Path) -> Classes:
         command = shlex.join(_command_of(settings))
         raise InputError(f"the training in {folder} has no checkpoint yet; continue it with: {command}", "data_name")
     classes = _read_classes(folder / CLASSES_FILE)
-    return dataclasses.replace(classes, model=settings["model"], resolution=settings["resolution"], ckpt_path=folder)
+    model = settings["model"]
+    if commit := settings.get("model_commit"):  # of a hub model, whose repository may have moved
+        model = f"{model.partition('@')[0]}@{commit}"
+    return dataclasses.replace(classes, model=model, resolution=settings["resolution"], ckpt_path=folder)
 
 
 def _command_of(record: dict[str, Any]) -> list[str]:

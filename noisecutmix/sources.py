@@ -1,10 +1,11 @@
 """The files that a model and a checkpoint are loaded from, and their fingerprints. Imports no torch."""
 
-import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 LOADED = (*WITH_WEIGHTS, "tokenizer", "scheduler")
 ADAPTER_FILE = "adapter_config.json"
 BYTES_READ_AT_ONCE = 2**24
+HUB_TIMEOUT = 20  # seconds
 
 
 def find_checkpoint_files(ckpt_path: Path) -> tuple[Path, Path, Path]:
@@ -36,24 +38,39 @@ def find_checkpoint_files(ckpt_path: Path) -> tuple[Path, Path, Path]:
 def find_model(model: str, prefers_half: bool) -> tuple[Path, str | None, list[Path]]:
     """Return a model's local folder, the variant of its weights ("fp16" or None), and the files to load.
 
-    `model` is a local diffusers folder, or a hub id, also "id@revision", whose files are downloaded if they are not in
-    the hub's cache. Safetensors are preferred to pickles, then the preferred precision to the other.
+    `model` is a local diffusers folder, or a hub id, also "id@revision". The hub is asked only if its cache has no
+    complete set of files. Safetensors are preferred to pickles, then the preferred precision to the other.
 
     Raises:
         InputError: there is no such model, it cannot be downloaded, or no precision has weights for all parts.
     """
-    settings = [f"{part}/*.{suffix}" for part in LOADED for suffix in ("json", "txt")]
-    for suffixes in (["safetensors"], ["safetensors", "bin"]):
-        for variant in ("fp16", None) if prefers_half else (None, "fp16"):
-            stem = "*model.fp16" if variant else "*model"
-            names = [f"{stem}{shard}.{suffix}" for suffix in suffixes for shard in ("", "-*-of-*")]
-            needed = ["model_index.json", *settings, *(f"{part}/{name}" for part in WITH_WEIGHTS for name in names)]
-            for folder in [Path(model)] if Path(model).is_dir() else _copies_of_hub_model(model, needed):
-                weights = [_find_first(folder / part, names) for part in WITH_WEIGHTS]
-                others = [file for pattern in settings for file in folder.glob(pattern)]
-                if all(weights) and {"tokenizer", "scheduler"} <= {file.parent.name for file in others}:
-                    return folder, variant, list(itertools.chain(others, *weights))
-    raise InputError(f"{model} has no complete set of weights for {', '.join(WITH_WEIGHTS)}", "model")
+    is_local = Path(model).is_dir()
+    folder = Path(model) if is_local else _find_cached(model)
+    chosen = _choose_files(_names_in(folder), prefers_half) if folder else None
+    if not is_local and not chosen:
+        folder = _download(model, prefers_half)
+        chosen = _choose_files(_names_in(folder), prefers_half)
+    if not folder or not chosen:
+        raise InputError(f"{model} {_describe_lack(_names_in(folder) if folder else [])}", "model")
+    variant, names = chosen
+    return folder, variant, [folder / name for name in names]
+
+
+def find_commit(model: str) -> str | None:
+    """Return the commit of a hub model in the cache, None for a local folder."""
+    folder = None if Path(model).is_dir() else _find_cached(model)
+    return folder.name if folder else None
+
+
+def pin_model(model: str, record: dict[str, Any] | None) -> str:
+    """Return a hub model at the commit with which a folder was begun: its repository may have moved since.
+
+    Args:
+        model: as the user gives it.
+        record: the content of run.json or finetune.json, None if there is none.
+    """
+    commit = record.get("model_commit") if record and record.get("model") == model else None
+    return f"{model.partition('@')[0]}@{commit}" if commit else model
 
 
 def read_vae_factor(model: str) -> int:
@@ -100,24 +117,90 @@ def fingerprint_checkpoint(ckpt_path: Path) -> str:
     return fingerprint_files(ckpt_path, (file for file in find_checkpoint_files(ckpt_path) if file.exists()))
 
 
-def _find_first(folder: Path, patterns: list[str]) -> list[Path]:
-    """Return the files of the first pattern that matches any."""
-    return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+def _names_in(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in (*folder.glob("*.json"), *folder.glob("*/*"))]
 
 
-def _copies_of_hub_model(model: str, patterns: list[str]) -> Iterator[Path]:
-    """Yield the model's folder in the cache, if it is there; then the folder after a download of the missing files."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def _choose_files(names: list[str], prefers_half: bool) -> tuple[str | None, list[str]] | None:
+    """Return the variant of the weights and the files to load among a model's files, None if some are missing."""
+    settings = [name for name in names if re.fullmatch(rf"({'|'.join(LOADED)})/[^/]+\.(json|txt)", name)]
+    if not _has_settings(settings):
+        return None
+    for suffixes in (["safetensors"], ["safetensors", "bin"]):
+        for variant in ("fp16", None) if prefers_half else (None, "fp16"):
+            weights = [_find_weights(names, part, variant, suffixes) for part in WITH_WEIGHTS]
+            if all(weights):
+                return variant, [*settings, *itertools.chain(*weights)]
+    return None
+
+
+def _has_settings(names: list[str]) -> bool:
+    needed = {"scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WITH_WEIGHTS)}
+    tokenizers = ({"tokenizer/tokenizer.json"}, {"tokenizer/vocab.json", "tokenizer/merges.txt"})
+    return needed <= set(names) and any(tokenizer <= set(names) for tokenizer in tokenizers)
+
+
+def _find_weights(names: list[str], part: str, variant: str | None, suffixes: list[str]) -> list[str]:
+    """Return the files of a part's weights, one or all shards, [] if they are not complete."""
+    stem = rf"{part}/[^/]*model" + (rf"\.{variant}" if variant else "")
+    for suffix in suffixes:
+        for shard in ("", r"-\d+-of-(\d+)"):
+            found = [match for name in sorted(names) if (match := re.fullmatch(rf"{stem}{shard}\.{suffix}", name))]
+            if found and (not shard or int(found[0][1]) == len(found)):
+                return [match[0] for match in found]
+    return []
+
+
+def _describe_lack(names: list[str]) -> str:
+    """Return what a model's files lack."""
+    if not _has_settings(names):
+        return "is not a complete diffusers model: settings of a part are missing"
+    kinds = {"float32": None, "fp16": "fp16"}
+    parts = []
+    for part in WITH_WEIGHTS:
+        there = [kind for kind in kinds if _find_weights(names, part, kinds[kind], ["safetensors", "bin"])]
+        parts.append(f"{part}: {' and '.join(there) or 'none'}")
+    return f"has no complete set of weights in one precision ({', '.join(parts)})"
+
+
+def _find_cached(model: str) -> Path | None:
+    """Return the folder of a hub model in the cache, whether complete or not; None if there is none."""
+    from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = model.partition("@")
     try:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            yield Path(snapshot_download(name, revision=revision or None, local_files_only=True))
-        yield Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        file = try_to_load_from_cache(name, "model_index.json", revision=revision or None)
+    except ValueError:  # it is no valid name
+        return None
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def _download(model: str, prefers_half: bool) -> Path:
+    """Download the files of a hub model that are missing in the cache, and return its folder there."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    name, _, revision = model.partition("@")
+    try:
+        about = HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT)
+        names = [file.rfilename for file in about.siblings or []]
+        chosen = _choose_files(names, prefers_half)
+        if not chosen:
+            raise InputError(f"{model} {_describe_lack(names)}", "model")
+        needed = ["model_index.json", *chosen[1]]
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=needed))
+    except InputError:
+        raise
+    except errors.GatedRepoError as error:
+        reason = f"{name} is gated: accept its conditions on its page of the hub, and set HF_TOKEN"
+        raise InputError(reason, "model") from error
+    except errors.RepositoryNotFoundError as error:
+        reason = f"the hub has no {name}, or it is private: check the name, or set HF_TOKEN"
+        raise InputError(f"{model} is no local folder, and {reason}", "model") from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{name} has no revision {revision!r} on the hub", "model") from error
     except Exception as error:  # depending on its version, huggingface_hub raises its own, requests' or httpx's errors
         raise InputError(
-            f"{model} is no local folder and cannot be downloaded from the hub ({first_line(error)}); "
-            "download it once (README) or give a local diffusers folder",
+            f"{model} is no local folder, is not complete in the hub's cache, and cannot be downloaded from the hub "
+            f"({first_line(error)}); download it once (README) or give a local diffusers folder",
             "model",
         ) from error

@@ -14,20 +14,23 @@ from conftest import (
     CLASS_NAMES,
     ROOT,
     TINY_WIDTH,
+    files_of,
     in_old_keys,
     offline_environment,
     random_lora,
+    run_to_the_end,
     write_checkpoint,
     write_embeddings,
 )
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from finetuning import finetune
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix.checkpoint import load_pipeline
-from noisecutmix.classes import find_placeholders
+from noisecutmix.classes import find_placeholders, load_classes
 from noisecutmix.errors import InputError
 from noisecutmix.sources import fingerprint_checkpoint, fingerprint_files, fingerprint_model
 
@@ -363,6 +366,33 @@ def test_a_revision_of_a_hub_model_can_be_selected(hub, tiny_checkpoint, tmp_pat
     assert capsys.readouterr().err == ""
     with pytest.raises(InputError, match=r"model: someone/tiny@v3 .* cannot be downloaded from the hub"):
         load_pipeline("someone/tiny@v3", tiny_checkpoint, "cpu")
+
+
+def test_a_data_set_continues_with_its_model_after_the_repository_has_moved(
+    hub, tiny_arguments, tiny_checkpoint, tmp_path
+):
+    hub(1)
+    flags = [*tiny_arguments, "--model=someone/tiny"]
+    run_to_the_end(tmp_path, flags, 2)
+    changed = StableDiffusionPipeline.from_pretrained(hub(2))  # another program has fetched the new commit
+    with torch.no_grad():
+        changed.unet.conv_in.bias.fill_(0.5)
+    changed.save_pretrained(tmp_path / "changed")
+    hub(2, model=tmp_path / "changed")
+    run_to_the_end(tmp_path, flags, 4)
+    run_to_the_end(tmp_path, [*tiny_arguments, f"--model=someone/tiny@{'1' * 40}"], 4, "--output_dir=whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model_commit"] == "1" * 40
+
+
+def test_fine_tuning_continues_with_its_model_and_draws_with_it(hub, flags, tmp_path):
+    flags = [*flags, "--model=someone/tiny", "--output_dir=tuned"]
+    hub(1)
+    finetune(tmp_path, *flags, "--max_train_steps=1")
+    snapshot = hub(2)
+    (snapshot / "scheduler" / "scheduler_config.json").write_text("{}")
+    finetune(tmp_path, *flags, "--max_train_steps=2")
+    assert load_classes(str(tmp_path / "tuned")).model == f"someone/tiny@{'1' * 40}"
 
 
 def test_the_fingerprint_of_a_checkpoint_includes_the_lora_settings(unet, tmp_path):

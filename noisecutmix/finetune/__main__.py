@@ -19,7 +19,7 @@ from ..folder import PREVIEW_FILE
 from ..photos import Photos, Source, find_photos
 from ..plan import seed_record
 from ..ranges import RANGES, Range
-from ..sources import fingerprint_model
+from ..sources import find_commit, fingerprint_model, pin_model
 from .folder import MIN_STEPS, PASSES, Recipe, TrainingFolder, check_pictures, count_steps, describe_listing
 
 SMOOTHED_OVER = 50  # steps, over which the displayed loss is averaged
@@ -117,7 +117,8 @@ def main() -> None:
     command = parser.command()
     if num_processes > 1:
         command = ["accelerate", "launch", "--multi_gpu", f"--num_processes={num_processes}", *command[1:]]
-    model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+    given = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+    model = pin_model(given, folder.record)
     dependencies = {
         **parser.relevant(options, NOT_OF_WEIGHTS, RECIPE),
         **seed_record(options.seed),
@@ -131,7 +132,8 @@ def main() -> None:
         "model": fingerprint_model(model, prefers_half=dtype == "float16"),
     }
     description = {
-        "model": model,
+        "model": given,
+        "model_commit": find_commit(model),
         "resolution": options.resolution,
         "meta_class": options.meta_class,
         "options": dependencies,
@@ -176,7 +178,8 @@ def train_and_draw(
     from .trainer import NotFiniteError, create_accelerator
 
     dependencies = description["options"]
-    drawing = {name: description[name] for name in ("model", "device")} | {"batch_size": options.train_batch_size}
+    model = pin_model(description["model"], description)
+    drawing = {"model": model, "device": description["device"], "batch_size": options.train_batch_size}
     recipe = Recipe(**{name: dependencies[name] for name in RECIPE if name in dependencies})
 
     # Connect the processes, and see that they train the same
@@ -233,7 +236,7 @@ def train(
         recipe,
         photos,
         accelerator,
-        model=description["model"],
+        model=drawing["model"],
         batch_size=options.train_batch_size,
         accumulated=options.gradient_accumulation_steps,
         checkpoints_gradients=options.gradient_checkpointing,
