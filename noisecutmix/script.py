@@ -1,5 +1,6 @@
 """How a script ends: exit status, signals, one-line errors. Imports no torch."""
 
+import builtins
 import contextlib
 import os
 import signal
@@ -16,16 +17,24 @@ from . import launch
 from .errors import InputError, RunError
 
 HOW_TO_CONTINUE = "run the same command again"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# those that end a run: a closed terminal sends SIGHUP, Slurm's --signal and submitit SIGUSR1 or SIGUSR2
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)  # Windows has the first two
+)
+# OpenMP's threads wait busily for so long by default that two processes on one CPU are four times as slow as one; these
+# settings of a user count, else a short wait, which costs a process that is alone some percent
+WAIT_SETTINGS, SHORT_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"), "6000"
 PACKAGE = Path(__file__).resolve().parent
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM."""
+    """Ctrl-C, SIGTERM or another of `SIGNALS`."""
 
 
 class _Signals:
-    """Raises Stopped on the first SIGINT or SIGTERM, and stores its number, since libraries may catch the exception."""
+    """Raises Stopped on the first of `SIGNALS`, and stores its number, since libraries may catch the exception."""
 
     def __init__(self) -> None:
         self.first: int | None = None
@@ -52,8 +61,11 @@ _signals = _Signals()
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script and exit; an error that the user can fix is printed in one line, without a traceback.
 
-    Exit status: 0 complete, 1 stopped by an error, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    Exit status: 0 complete, 1 stopped by an error, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 128 + N for signal N.
     """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    if not any(name in os.environ for name in WAIT_SETTINGS):  # read when torch is imported
+        os.environ["GOMP_SPINCOUNT"] = SHORT_WAIT
     for stream in (sys.stdout, sys.stderr):
         _keep_writable(stream)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about pictures that are read all the same
@@ -66,13 +78,14 @@ def run(main: Callable[[], None]) -> NoReturn:
         status = int(end.code or 0)
     except BaseException as error:
         status = _report(error)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # do not interrupt the interpreter's shutdown
+    lives_on = hasattr(builtins, "get_ipython") or "idlelib" in sys.modules  # a notebook or IDLE
+    for number, handler in handlers.items():
+        signal.signal(number, handler if lives_on else signal.SIG_IGN)  # do not interrupt the interpreter's shutdown
     sys.exit(status)
 
 
 def is_stopping() -> bool:
-    """Return whether Ctrl-C or SIGTERM has arrived."""
+    """Return whether one of `SIGNALS` has arrived."""
     return _signals.first is not None
 
 
@@ -129,6 +142,8 @@ def say(message: str) -> None:
 
 def _keep_writable(stream: Any) -> None:
     """Let neither a letter that the terminal does not know nor a closed pipe end the run."""
+    if not hasattr(stream, "reconfigure"):  # of a notebook, say
+        return
     stream.reconfigure(errors="backslashreplace", line_buffering=True)
     write = stream.write
 

@@ -309,13 +309,14 @@ def test_two_processes_of_accelerate_draw_what_one_draws(whole, start, tmp_path,
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_one_process_and_the_other_completes_the_data_set(draw, expected, tmp_path, number, status):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_ends_one_process_and_the_other_completes_the_data_set(draw, expected, tmp_path, name):
+    number = getattr(signal, name)
     wanted = expected(400)
     two = [draw(400, seconds=0.1) for _ in range(2)]
     wait_for_images(tmp_path / "out", 40, two[0])
     two[0].send_signal(number)
-    assert "stopped; run the same command again" in end(two[0], status)
+    assert "stopped; run the same command again" in end(two[0], 128 + number)
     end(two[1])
     assert files_of(tmp_path / "out") == wanted
 

@@ -58,6 +58,29 @@ def test_a_signal_that_a_library_catches_while_loading(tmp_path, tiny_arguments,
     assert "Traceback" not in done.stderr and "--model" not in done.stderr
 
 
+NOTEBOOK = """
+import builtins, io, os, runpy, signal, sys
+
+class Cell(io.TextIOBase):  # as a notebook's stream: no reconfigure, no buffer
+    def write(self, text):
+        return sys.__stdout__.write(text)
+
+builtins.get_ipython = lambda: None  # as IPython has it while a cell runs
+before = signal.getsignal(signal.SIGTERM)
+sys.stdout, sys.argv = Cell(), sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    print("exit", end.code, signal.getsignal(signal.SIGTERM) == before)
+"""
+
+
+def test_a_script_runs_in_a_notebook_and_leaves_its_signals(tmp_path, tiny_arguments):
+    arguments = [ROOT / "augmentation.py", *tiny_arguments, "--num_aug=1", "--output_dir=out"]
+    done = run_python(NOTEBOOK, *arguments, folder=tmp_path)
+    assert done.stdout.splitlines() == ["out is complete: 1 items", "exit 0 True"], done.stderr
+
+
 @ON_POSIX
 def test_the_same_signal_sent_twice_at_once_counts_as_one(start, tmp_path, tiny_arguments):
     """Launchers do so."""
@@ -169,3 +192,13 @@ def test_a_signal_in_a_finalizer_stops_the_run_without_a_traceback(tmp_path):
     )
     done = run_python(code, folder=tmp_path)
     assert (done.returncode, done.stderr) == (130, "stopped; run the same command again\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"), [({}, "6000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_threads_wait_for_a_short_time_unless_the_user_says_otherwise(tmp_path, settings, wanted):
+    code = "import os; from noisecutmix import script; script.run(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
+    environment = {k: v for k, v in offline_environment().items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], env={**environment, **settings}, capture_output=True, text=True)
+    assert done.stdout == f"{wanted}\n", done.stderr

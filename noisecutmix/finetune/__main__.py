@@ -144,7 +144,7 @@ def main() -> None:
     }
 
     # Train what is missing
-    folder.check_usable(dependencies, steps)
+    folder.check_usable(dependencies, steps, options.train_batch_size * num_processes)
     if not folder.is_complete(steps):
         train_and_draw(options, photos, folder, description, steps)
     if launch.is_first_process():

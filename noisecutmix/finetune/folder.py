@@ -77,16 +77,25 @@ class TrainingFolder:
         self.latents_file, self._record_file = root / LATENTS_FILE, root / FINETUNE_FILE
         self.record = self._read_record()
 
-    def check_usable(self, options: dict[str, Any], max_train_steps: int) -> None:
+    def check_usable(self, options: dict[str, Any], max_train_steps: int, in_a_batch: int) -> None:
         """Check that a training with these options can begin or continue here.
 
         Args:
             options: what the weights depend on, as JSON values.
             max_train_steps: the number of steps to train.
+            in_a_batch: the number of pictures that all processes together have in a batch.
 
         Raises:
             InputError: an earlier run had other options, or has trained more steps.
         """
+        there = self.record.get("options", {}).get("effective_batch", options["effective_batch"])
+        if there != options["effective_batch"]:
+            remedy = f"give {there // in_a_batch}" if there % in_a_batch == 0 else "use another --train_batch_size"
+            raise InputError(
+                f"{self.root} has {there} pictures in a training step, and all processes together have {in_a_batch} in "
+                f"a batch now; {remedy}, or another folder",
+                "gradient_accumulation_steps",
+            )
         self._check_options(options)
         steps = max([self.checkpoint_steps, *(step for step, _ in self._states())])
         if steps > max_train_steps:

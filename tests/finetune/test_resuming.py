@@ -72,7 +72,6 @@ OTHER_OPTIONS = {
     "seed": ["--seed=5"],
     "learning_rate": ["--learning_rate=2e-3"],
     "token_learning_rate": ["--token_learning_rate=2e-3"],
-    "effective_batch": ["--train_batch_size=5"],
     "lr_scheduler": ["--lr_scheduler=linear"],
     "random_crop": ["--random_crop"],
     "random_flip": ["--no_random_flip"],
@@ -89,6 +88,19 @@ def test_other_options_are_refused_and_named(tmp_path, flags, trained, option):
     with pytest.raises(InputError, match=rf"out was made with another .*{option}"):
         finetune(tmp_path, *flags, *OTHER_OPTIONS[option])
     assert contents_of(out) == before
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ("2", "out has 4 pictures in a training step, .* have 2 in a batch now; give 2"),
+        ("3", "use another --train_batch"),
+    ],
+)
+def test_another_number_of_pictures_in_a_step_names_what_continues(tmp_path, flags, trained, batch, message):
+    copy_of(trained, tmp_path)
+    with pytest.raises(InputError, match=f"--gradient_accumulation_steps: {message}"):
+        finetune(tmp_path, *flags, f"--train_batch_size={batch}")
 
 
 def test_other_pictures_and_another_model_are_refused(tmp_path, flags, trained, photos, tiny_model):
