@@ -1,5 +1,6 @@
 """Output folders as torch data sets, alone and mixed with real pictures."""
 
+import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -106,9 +107,33 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         label = torch.from_numpy(np.array(row if self._order is None else row[self._order]))
         return (image if self.transform is None else self.transform(image)), label
 
+    def metadata(self, index: int) -> dict[str, Any]:
+        """Return an item's line of metadata.jsonl: classes (as places in a soft label), ratio, box and more."""
+        index = range(len(self))[index]
+        try:
+            item: dict[str, Any] = json.loads(self._metadata_lines[index])
+            labels = {name: item[name] for name in ("target_label", "aug_label") if item.get(name) is not None}
+            places = {
+                name: label if self._order is None else self._order.index(label) for name, label in labels.items()
+            }
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._unfit(f"{METADATA_FILE} is damaged") from error
+        return {**item, **places}
+
+    def mask(self, index: int) -> Image.Image:
+        """Return an item's mask, "L": 255 inside the box, which shows the target class, 0 outside."""
+        index = range(len(self))[index]
+        mask: Image.Image = Image.open(self.root / (item_file_name("mask", len(self)) % index)).convert("L")
+        return mask
+
+    @cached_property
+    def _metadata_lines(self) -> list[bytes]:
+        return (self.root / METADATA_FILE).read_bytes().split(b"\n")
+
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_stored_labels": None}  # a worker maps the file itself
-        state.pop("file_names", None)
+        for name in ("file_names", "_metadata_lines"):
+            state.pop(name, None)
         return state
 
     def _check_files(self, num_planned: int) -> None:

@@ -427,6 +427,12 @@ def test_columns_follow_the_wanted_order_of_classes(folder):
     np.testing.assert_array_equal(own.soft_labels[:, [1, 2, 0]], sorted_set.soft_labels)
     again = pickle.loads(pickle.dumps(sorted_set))
     assert torch.equal(again[5][1], sorted_set[5][1])
+    for augmented in (own, sorted_set, again):
+        item, mask = augmented.metadata(-7), np.asarray(augmented.mask(-7))  # item 5
+        assert augmented[5][1][item["target_label"]] == pytest.approx(item["ratio"], abs=1e-6)
+        assert augmented.class_names[item["aug_label"]] == item["aug_name"]
+        left, top, right, bottom = item["box"]
+        assert (mask[top:bottom, left:right] == 255).all() and (mask == 255).mean() == pytest.approx(item["ratio"])
     numbered = AugmentedDataset(folder, class_names=["003.grey_heron", "001.Red/Kite", "002.blue jay?"])
     assert torch.equal(numbered[5][1], own[5][1][[2, 0, 1]])
     for wrong, message in (

@@ -1,12 +1,12 @@
-"""The report of a comparison: differences between rows and their errors, as a table, a plot and a file of values."""
+"""The report of a comparison: differences between rows and classes as tables, a plot and files of values."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,102 +16,7 @@ from ..files import atomic_file
 from .comparison import MIN_ACCURACY, REFERENCE, Comparison, describe_weak_reference
 from .recipe import read_row
 from .sets import PUBLISHED
-
-MIN_SEEDS = 3  # from which an error can be told
-SIGNIFICANCE = 0.05  # of the whole table: largest probability that it calls any of two equal rows better
-EQUAL = "no difference can be told"
-NO_ERROR = f"no error can be told: it needs {MIN_SEEDS} seeds and two test pictures"
-
-
-@dataclass(frozen=True)
-class Score:
-    """The top-1 accuracy of a classifier on the test pictures, in percent: of all, and the mean over the classes."""
-
-    top1: float
-    per_class: float
-
-
-def score(is_right: np.ndarray, labels: np.ndarray) -> Score:
-    """Return the score of a classifier.
-
-    Args:
-        is_right: (pictures,), whether the classifier names the class of each picture right.
-        labels: (pictures,), the class of each picture; every class has at least one.
-    """
-    per_class = [is_right[labels == label].mean() for label in np.unique(labels)]
-    return Score(100 * float(is_right.mean()), 100 * float(np.mean(per_class)))
-
-
-def summarize(is_right: dict[str, np.ndarray], labels: np.ndarray, baseline: str) -> dict[str, dict[str, Any]]:
-    """Return for each row, as JSON values, means, standard deviations, and the paired difference to the baseline.
-
-    A row is better or worse if Student's t, with the standard error of `standard_error` and one degree of freedom less
-    than there are seeds, is significant at 5 % after Holm's correction for the number of rows (Holm, A simple
-    sequentially rejective multiple test procedure, Scandinavian Journal of Statistics, 1979).
-
-    Args:
-        is_right: for each row (seeds, pictures), whether the seed's classifier names the picture right.
-        labels: (pictures,), the class of each picture.
-        baseline: the row with which the others are compared, seed by seed and picture by picture.
-    """
-    from scipy.stats import t as student
-
-    summary: dict[str, dict[str, Any]] = {}
-    p_values: dict[str, float] = {}
-    for row, of_row in is_right.items():
-        scores = [score(one, labels) for one in of_row]
-        differences = 100 * (of_row.astype(float) - is_right[baseline])
-        difference, error = float(differences.mean()), standard_error(differences)
-        top1, per_class = [entry.top1 for entry in scores], [entry.per_class for entry in scores]
-        summary[row] = {
-            "top1": top1,
-            "top1_mean": float(np.mean(top1)),
-            "top1_standard_deviation": _deviation(top1),
-            "per_class": per_class,
-            "per_class_mean": float(np.mean(per_class)),
-            "per_class_standard_deviation": _deviation(per_class),
-            "difference": difference,
-            "standard_error": error,
-            "p_value": None,
-            "verdict": "baseline" if row == baseline else NO_ERROR,
-        }
-        if row != baseline and error is not None:
-            freedom = min(differences.shape) - 1  # of the seeds; as few test pictures count, too
-            p_values[row] = float(2 * student.sf(abs(difference) / error, freedom))
-    adjusted = 0.0
-    for rank, row in enumerate(sorted(p_values, key=lambda row: p_values[row])):
-        adjusted = min(max(adjusted, (len(p_values) - rank) * p_values[row]), 1.0)
-        verdict = "better" if summary[row]["difference"] > 0 else "worse"
-        summary[row] |= {"p_value": adjusted, "verdict": verdict if adjusted < SIGNIFICANCE else EQUAL}
-    return summary
-
-
-def standard_error(differences: np.ndarray) -> float | None:
-    """Return the standard error of a mean paired difference, None with fewer than three seeds or two pictures.
-
-    It is the root of two variances of the mean: over the seeds, and over the test pictures, which are a sample, too.
-    What varies with both is in both, so the sum is rather too large (the two-way layout of Owen, The pigeonhole
-    bootstrap, Annals of Applied Statistics, 2007). To the pictures, one gained and one lost by all seeds are added, so
-    that a few pictures without any variance are no proof (in the spirit of Agresti and Min, Statistics in Medicine,
-    2005).
-
-    Args:
-        differences: (seeds, pictures), in percent: -100, 0 or 100.
-    """
-    seeds, pictures = differences.shape
-    if seeds < MIN_SEEDS or pictures < 2:
-        return None
-    by_picture = np.append(differences.mean(0), (100.0, -100.0))
-    variances = differences.mean(1).var(ddof=1) / seeds, by_picture.var(ddof=1) / len(by_picture)
-    return math.sqrt(sum(variances))
-
-
-def explain_verdict(num_compared: int, seeds: int) -> str:
-    """Return the sentence that says when a row of the table is better or worse."""
-    return (
-        f"A row is better or worse where Student's t with {seeds} seeds, whose error is that of the seeds and of the "
-        f"test pictures together, is significant at 5 % after Holm's correction for {num_compared} comparisons."
-    )
+from .statistics import MIN_SEEDS, compare_classes, explain_verdict, summarize
 
 
 def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_on_share: bool) -> None:
@@ -145,6 +50,11 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
             "" if not name else PUBLISHED.get(sets[name].checkpoint, "unknown") if num_seen is None else f"{num_seen}",
             f"{entry['augmented_pictures']}" if name else "",
         )
+
+    # Which classes gain, and whether they are those of which there are many augmented pictures
+    test_labels, class_names = np.array(comparison.test.labels), comparison.train.class_names
+    counts = {name: chosen.pictures.soft_labels[comparison.find_kept(name)].sum(0) for name, chosen in sets.items()}
+    of_classes = compare_classes(is_right, test_labels, baseline)
 
     # What the reader has to know
     notes = [
@@ -185,6 +95,13 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         looks = f"Look at the augmented pictures on which the first classifier of row none is worst: {pictures}."
         notes.append(f"{weak}." if top1 < MIN_ACCURACY else looks)
 
+    notes += [
+        sentence
+        for row in comparison.rows
+        if (name := read_row(row)[1])
+        for sentence in explain_gain(row, of_classes[row][1], counts[name], test_labels)
+    ]
+
     # The files
     table = format_table(summary, baseline, seen)
     results = {"baseline": baseline, "seeds": comparison.seeds, "leaked_pictures": num_leaked, "rows": summary}
@@ -192,12 +109,55 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
     for name, content in (
         ("results.json", json.dumps(results, indent=2).encode()),
         ("results.md", text.encode()),
+        ("per_class.csv", format_classes(of_classes, counts, class_names, test_labels).encode()),
         ("accuracy.png", plot_accuracies(summary, f"{recipe.model}, {comparison.seeds} seeds")),
     ):
         with atomic_file(comparison.root / name) as file:
             file.write(content)
     if launch.is_first_process():
         print(text)
+
+
+def explain_gain(row: str, differences: np.ndarray, counts: np.ndarray, labels: np.ndarray) -> list[str]:
+    """Return a sentence: do the classes gain of which there are many augmented pictures? [] if they cannot be ranked.
+
+    Args:
+        row: its name.
+        differences: (classes of the test,), to the baseline.
+        counts: (classes,), sum of the augmented set's soft labels.
+        labels: (pictures,), the class of each test picture.
+    """
+    from scipy.stats import spearmanr
+
+    counts = counts[np.unique(labels)]
+    if len(counts) < 3 or len(set(counts.tolist())) == 1 or len(set(differences.tolist())) == 1:
+        return []
+    correlation, error = float(spearmanr(counts, differences).statistic), 1 / math.sqrt(len(counts) - 1)
+    verdict = "no relation can be told" if abs(correlation) < 2 * error else "so the two are related"
+    return [
+        f"{row}: over {len(counts)} classes, the rank correlation of the augmented pictures of a class (the sum of its "
+        f"labels) and its difference is {correlation:+.2f}, with an error of {error:.2f} if there is none: {verdict}."
+    ]
+
+
+def format_classes(
+    of_classes: dict[str, tuple[np.ndarray, np.ndarray, list[float | None]]],
+    counts: dict[str, np.ndarray],
+    class_names: Sequence[str],
+    labels: np.ndarray,
+) -> str:
+    """Return per_class.csv: what `compare_classes` returns, test pictures, and augmented pictures of each class."""
+    content = io.StringIO()
+    table = csv.writer(content, lineterminator="\n")
+    columns = [f"{row} {what}" for row in of_classes for what in ("accuracy", "difference", "standard error")]
+    table.writerow(["class", "test pictures", *(f"augmented pictures in {name}" for name in counts), *columns])
+    for place, label in enumerate(np.unique(labels)):
+        numbers = [f"{of_set[label]:.2f}" for of_set in counts.values()]
+        for accuracy, differences, errors in of_classes.values():
+            error = errors[place]
+            numbers += [f"{accuracy[place]:.2f}", f"{differences[place]:+.2f}", "" if error is None else f"{error:.2f}"]
+        table.writerow([class_names[label], (labels == label).sum(), *numbers])
+    return content.getvalue()
 
 
 def format_table(summary: dict[str, dict[str, Any]], baseline: str, seen: dict[str, Sequence[str]]) -> str:
@@ -244,10 +204,6 @@ def plot_accuracies(summary: dict[str, dict[str, Any]], title: str) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
     return content.getvalue()
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _with_deviation(mean: float, deviation: float | None) -> str:

@@ -3,6 +3,7 @@
 The pictures are coloured noise, so that a tiny model of timm learns the classes within seconds.
 """
 
+import csv
 import json
 import random
 import re
@@ -16,7 +17,8 @@ from conftest import MAX_WAIT, as_command_line, command, write_photos
 from PIL import Image
 
 from noisecutmix.compare.__main__ import create_parser, parse
-from noisecutmix.compare.report import summarize
+from noisecutmix.compare.report import explain_gain
+from noisecutmix.compare.statistics import summarize
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.folder import OutputFolder
 from noisecutmix.photos import find_photos, split_photos
@@ -97,7 +99,19 @@ def test_rows_are_compared_with_the_baseline_seed_by_seed(folder, capsys):
         assert len(differences) == 5
         assert row["difference"] == pytest.approx(differences.mean())
         assert row["standard_error"] > differences.std(ddof=1) / 5**0.5  # the test pictures are a sample, too
+        differences = np.subtract(row["per_class"], rows["cutmix"]["per_class"])
+        assert row["per_class_difference"] == pytest.approx(differences.mean())
     assert rows["ours"]["real_pictures"] == 24 and rows["ours"]["real_pictures_of_generator"] is None
+    with open(folder / "out" / "per_class.csv", encoding="utf-8", newline="") as file:
+        classes = list(csv.DictReader(file))
+    assert [line["class"] for line in classes] == sorted(NAMES)
+    for name, row in rows.items():
+        mean = np.mean([float(line[f"{name} accuracy"]) for line in classes])
+        assert mean == pytest.approx(row["per_class_mean"], abs=0.02)
+        difference = np.mean([float(line[f"{name} difference"]) for line in classes])
+        assert difference == pytest.approx(row["per_class_difference"], abs=0.02)
+    labels = np.load(folder / "aug" / "soft_label.npy").sum(0)[np.argsort(NAMES)]
+    assert [float(line["augmented pictures in ours"]) for line in classes] == pytest.approx(labels, abs=0.01)
     text = (folder / "out" / "results.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     assert "unknown" in text and "Nothing was chosen on the test pictures" in text
@@ -134,6 +148,16 @@ def test_a_difference_of_three_points_is_found_with_ten_seeds():
     rng = np.random.default_rng(0)
     found = [find_verdicts(draw_results(rng, 10, 2000, gain=0.03)) for _ in range(40)]
     assert sum("1" in rows for rows in found) >= 0.8 * 40
+
+
+def test_a_gain_is_related_to_the_augmented_pictures_of_a_class_or_not():
+    rng, labels = np.random.default_rng(0), np.arange(50)
+    counts = rng.random(50)
+    (related,) = explain_gain("ours", counts + 0.1 * rng.random(50), counts, labels)
+    (unrelated,) = explain_gain("ours", rng.random(50), counts, labels)
+    assert "so the two are related" in related and "+0.9" in related
+    assert "no relation can be told" in unrelated
+    assert explain_gain("ours", np.zeros(50), counts, labels) == []
 
 
 def test_no_error_is_told_with_two_seeds_and_two_pictures_are_no_proof():

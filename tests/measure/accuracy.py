@@ -32,7 +32,7 @@ from safetensors.torch import load_file, safe_open
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix import AugmentedDataset, NoiseCutMixGenerator, cli, script
-from noisecutmix.compare.report import explain_verdict, summarize
+from noisecutmix.compare.statistics import explain_verdict, summarize
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.files import atomic_file, create_file
 from noisecutmix.plan import Box, Item, Plan, draw_mask
