@@ -73,7 +73,6 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
 
     @property
     def _labels(self) -> np.ndarray:
-        """The labels as they are stored, memory-mapped."""
         if self._stored_labels is None:
             try:
                 labels = np.load(self.root / LABELS_FILE, mmap_mode="r", allow_pickle=False)
@@ -122,8 +121,8 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
 
     def mask(self, index: int) -> Image.Image:
         """Return an item's mask, "L": 255 inside the box, which shows the target class, 0 outside."""
-        index = range(len(self))[index]
-        mask: Image.Image = Image.open(self.root / (item_file_name("mask", len(self)) % index)).convert("L")
+        name = item_file_name("mask", len(self)) % range(len(self))[index]
+        mask: Image.Image = Image.open(self.root / name).convert("L")
         return mask
 
     @cached_property

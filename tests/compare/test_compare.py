@@ -154,9 +154,9 @@ def test_a_gain_is_related_to_the_augmented_pictures_of_a_class_or_not():
     rng, labels = np.random.default_rng(0), np.arange(50)
     counts = rng.random(50)
     (related,) = explain_gain("ours", counts + 0.1 * rng.random(50), counts, labels)
-    (unrelated,) = explain_gain("ours", rng.random(50), counts, labels)
+    unrelated = [sentence for _ in range(100) for sentence in explain_gain("ours", rng.random(50), counts, labels)]
     assert "so the two are related" in related and "+0.9" in related
-    assert "no relation can be told" in unrelated
+    assert sum("no relation can be told" in sentence for sentence in unrelated) > 88
     assert explain_gain("ours", np.zeros(50), counts, labels) == []
 
 
