@@ -102,9 +102,31 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
     unet, channels = pipe.unet.config, pipe.vae.config.latent_channels
     taken = (unet.in_channels, unet.out_channels, unet.cross_attention_dim)
     others = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim")
-    if taken != (channels, channels, pipe.text_encoder.config.hidden_size) or any(map(unet.get, others)):
+    has_clip = isinstance(pipe.text_encoder, transformers.CLIPTextModel)  # with a projection, it gives one vector
+    if (
+        not has_clip
+        or taken != (channels, channels, pipe.text_encoder.config.hidden_size)
+        or any(map(unet.get, others))
+    ):
         raise InputError(f"{model} is not a plain Stable Diffusion model, such as 1.5 or 2.1", "model")
+    _check_scheduler(model, pipe.scheduler)
+    # without it, a tokenizer would pad captions to no length or to any
+    positions = pipe.text_encoder.config.max_position_embeddings
+    pipe.tokenizer.model_max_length = min(pipe.tokenizer.model_max_length, positions)
     return pipe
+
+
+def _check_scheduler(model: str, scheduler: Any) -> None:
+    """Raise an InputError if the UNet was trained for another kind of schedule: it would be drawn wrongly."""
+    name, settings = type(scheduler).__name__, scheduler.config
+    is_other = name.startswith(("FlowMatch", "EDM")) or settings.get("use_flow_sigmas")
+    if is_other or settings.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
+        raise InputError(
+            f"{model} is a flow-matching or EDM model ({name}), not a plain Stable Diffusion model", "model"
+        )
+    if settings.get("variance_type") in ("learned", "learned_range"):
+        kind = settings["variance_type"]
+        raise InputError(f"{model} has a scheduler with variance_type {kind!r}, but its UNet predicts none", "model")
 
 
 def _load_part(folder: Path, part: str, variant: str | None) -> Any:

@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from PIL import Image
 
-from .errors import RunError
+from .errors import InputError, RunError
 from .ranges import RANGES, Range, check_guidance_interval
 
 DECODED_PIXELS = 2**19  # in one call of the VAE, two pictures of 512x512: more need more memory and are hardly faster
@@ -224,8 +224,28 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         if isinstance(self.scheduler, DPMSolverMultistepScheduler):  # divides by differences of noise levels
             most -= 1 + (schedule.timestep_spacing == "leading") * schedule.steps_offset  # more would repeat a level
         Range(int, 1, most).check("num_inference_steps", num_inference_steps)
+        if isinstance(self.scheduler, DPMSolverMultistepScheduler):
+            self._check_schedule(num_inference_steps)
         RANGES["guidance_scale"].check("guidance_scale", guidance_scale)
         check_guidance_interval(*guidance_interval)
+
+    def _check_schedule(self, num_inference_steps: int) -> None:
+        """Raise an InputError if diffusers (0.42.1) makes another number of steps, or divides by zero."""
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
+        if len(scheduler.timesteps) != num_inference_steps:  # with timestep_spacing "trailing"
+            spacing = scheduler.config.timestep_spacing
+            raise InputError(
+                f"{num_inference_steps} steps are {len(scheduler.timesteps)} with the model's timestep_spacing "
+                f"{spacing!r}; take another number",
+                "num_inference_steps",
+            )
+        if scheduler.config.solver_order > 2 and (scheduler.sigmas.diff() == 0).any():  # Karras' end at sigma_min twice
+            raise InputError(
+                "the model's scheduler has solver_order 3 and sigmas that repeat; set solver_order to 2 in "
+                "scheduler/scheduler_config.json",
+                "model",
+            )
 
     @property
     def mask_processor(self) -> VaeImageProcessor:

@@ -22,11 +22,12 @@ from conftest import (
     write_checkpoint,
     write_embeddings,
 )
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from finetuning import finetune
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from noisecutmix.checkpoint import load_pipeline
@@ -438,6 +439,88 @@ def test_a_model_that_is_no_plain_stable_diffusion_is_refused(tiny_model, tiny_c
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     UNet2DConditionModel(**{**config, **OTHER_MODELS[kind]}).save_pretrained(model / "unet")
     assert "is not a plain Stable Diffusion model, such as 1.5 or 2.1" in refusal_of(model, tiny_checkpoint)
+
+
+def edit_json(file, **changes):
+    content = json.loads(file.read_text())
+    for name, value in changes.items():
+        content.pop(name, None) if value is None else content.update({name: value})
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, "is a flow-matching or EDM model"),
+        ("EDMEulerScheduler", {"prediction_type": "epsilon"}, "is a flow-matching or EDM model"),
+        ("EDMDPMSolverMultistepScheduler", {"prediction_type": "epsilon"}, "is a flow-matching or EDM model"),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "is a flow-matching or EDM model"),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, "has a scheduler with variance_type 'learned_range'"),
+    ],
+)
+def test_a_scheduler_of_another_kind_of_model_is_refused(
+    tiny_model, tiny_checkpoint, tmp_path, name, settings, message
+):
+    """diffusers 0.42.1 makes a DPM-Solver++ from the settings of any class, and draws with it as if it were epsilon."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    edit_json(model / "model_index.json", scheduler=["diffusers", name])
+    edit_json(model / "scheduler" / "scheduler_config.json", _class_name=name, **settings)
+    assert message in refusal_of(model, tiny_checkpoint)
+
+
+def test_a_text_encoder_with_a_projection_is_refused(tiny_model, tiny_checkpoint, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = CLIPTextConfig.from_pretrained(model / "text_encoder")
+    shutil.rmtree(model / "text_encoder")
+    CLIPTextModelWithProjection(config).save_pretrained(model / "text_encoder")
+    edit_json(model / "model_index.json", text_encoder=["transformers", "CLIPTextModelWithProjection"])
+    assert "is not a plain Stable Diffusion model" in refusal_of(model, tiny_checkpoint)
+
+
+@pytest.mark.parametrize("length", [None, 1000])
+def test_a_tokenizer_pads_to_the_positions_of_the_text_encoder(tiny_model, tiny_checkpoint, tmp_path, length):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    edit_json(model / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    pipe = load_pipeline(str(model), tiny_checkpoint, "cpu")
+    positions = pipe.text_encoder.config.max_position_embeddings
+    assert pipe.tokenizer.model_max_length == positions
+    assert pipe.encode_prompt("a photo", "cpu", 1, False)[0].shape[1] == positions
+
+
+def test_schedules_that_diffusers_cannot_make_are_refused(tiny_model, tiny_checkpoint, tmp_path):
+    """With "trailing" spacing, diffusers 0.42.1 makes one timestep more for 62 numbers of steps."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = model / "scheduler" / "scheduler_config.json"
+    edit_json(settings, timestep_spacing="trailing")
+    pipe = load_pipeline(str(model), tiny_checkpoint, "cpu")
+    refused = 0
+    for steps in range(1, 999):
+        try:
+            pipe.check_steps(steps, 7.5, (0.0, 1.0))
+        except InputError as error:
+            assert "num_inference_steps" in str(error)
+            refused += 1
+            continue
+        pipe.scheduler.set_timesteps(steps)
+        assert len(pipe.scheduler.timesteps) == steps and pipe.scheduler.timesteps.min() >= 0
+    assert 30 < refused < 100
+    edit_json(settings, timestep_spacing="leading", use_karras_sigmas=True, solver_order=3)
+    pipe = load_pipeline(str(model), tiny_checkpoint, "cpu")
+    with pytest.raises(InputError, match=r"model: .*solver_order 3"):
+        pipe.check_steps(20, 7.5, (0.0, 1.0))
+    edit_json(settings, solver_order=2)
+    load_pipeline(str(model), tiny_checkpoint, "cpu").check_steps(20, 7.5, (0.0, 1.0))
+
+
+def test_a_vae_that_only_draws_is_refused_in_fine_tuning(tiny_model, flags, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.rmtree(model / "vae")
+    blocks = {f"{way}coder_block_out_channels": (8, 8) for way in ("en", "de")}
+    AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(model / "vae")
+    edit_json(model / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
+    with pytest.raises(InputError, match=r"--model: .* has an AutoencoderTiny, which only draws"):
+        finetune(tmp_path, *flags, f"--model={model}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_fingerprint_covers_every_byte(tmp_path):

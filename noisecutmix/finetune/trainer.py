@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from torch import nn
@@ -125,6 +125,11 @@ class Trainer:
         # The frozen model, with a LoRA and new tokens; peft draws initial weights, which _draw_lora replaces
         with quiet_libraries(), torch.random.fork_rng(devices=[]):
             pipe = load_base_model(model, prefers_half=self._dtype == torch.float16)
+            if not isinstance(pipe.vae, AutoencoderKL):
+                kind = type(pipe.vae).__name__
+                raise InputError(
+                    f"{model} has an {kind}, which only draws; take one with an AutoencoderKL", "model"
+                )
             pipe.to(self._dtype)
             for part in (pipe.vae, pipe.text_encoder, pipe.unet):
                 part.requires_grad_(False)
