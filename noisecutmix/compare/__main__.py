@@ -34,6 +34,8 @@ NOT_OF_RESULTS = (
     *("baseline", "seeds", "save_weights", "device", "num_workers", "recipe"),
 )
 
+LOST_WORKER = ("DataLoader worker", "shared memory", "/torch_")  # in torch's messages
+
 
 def create_parser() -> Parser:
     parser = Parser(description="Compare classifiers that are trained with and without augmented data sets.")
@@ -217,6 +219,11 @@ def main() -> None:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise RunError("out of memory; use a smaller --batch_size in another folder") from error
+        if any(sign in str(error) for sign in LOST_WORKER):
+            raise RunError(
+                "a process that reads pictures has ended, probably for lack of shared memory (a container has 64 MB by "
+                "default): use --num_workers=0, or start the container with --shm-size=2g",
+            ) from error
         raise
     from .report import write_report
 

@@ -127,9 +127,7 @@ class Trainer:
             pipe = load_base_model(model, prefers_half=self._dtype == torch.float16)
             if not isinstance(pipe.vae, AutoencoderKL):
                 kind = type(pipe.vae).__name__
-                raise InputError(
-                    f"{model} has an {kind}, which only draws; take one with an AutoencoderKL", "model"
-                )
+                raise InputError(f"{model} has an {kind}, which only draws; take one with an AutoencoderKL", "model")
             pipe.to(self._dtype)
             for part in (pipe.vae, pipe.text_encoder, pipe.unet):
                 part.requires_grad_(False)

@@ -5,15 +5,18 @@ The pictures are coloured noise, so that a tiny model of timm learns the classes
 
 import csv
 import json
+import os
 import random
 import re
+import shlex
 import shutil
+import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import MAX_WAIT, as_command_line, command, write_photos
+from conftest import MAX_WAIT, as_command_line, command, offline_environment, write_photos
 from PIL import Image
 
 from noisecutmix.compare.__main__ import create_parser, parse
@@ -534,3 +537,18 @@ def test_global_random_states_are_left_alone(folder):
     classify(folder, "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
     assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[2]
     assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a file system needs root")
+def test_too_little_shared_memory_is_a_line(folder):
+    words = command("noisecutmix.compare", *QUICK, "--rows", "none", "cutmix", "--image_size=224", "--num_workers=2")
+    small = f"mount -t tmpfs -o size=256k tmpfs /dev/shm && exec {shlex.join(words)}"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", small], cwd=folder, env=offline_environment(), capture_output=True, text=True
+    )
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip("this container mounts no file systems")
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert done.returncode == 1 and "use --num_workers=0" in lines[-1], done.stderr
+    assert "Traceback" not in done.stderr
