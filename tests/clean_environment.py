@@ -21,5 +21,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ and "cuda" not in sys.argv:
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin for long would slow down the other processes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell; the scripts would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # nohup ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")

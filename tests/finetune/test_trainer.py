@@ -224,7 +224,7 @@ def test_few_pictures_are_encoded_at_once(tiny_model, photos, tmp_path, random_c
 
 def test_random_crops_are_read_while_the_batch_before_is_trained(tiny_model, photos, monkeypatch):
     opened = []
-    monkeypatch.setattr("noisecutmix.finetune.samples.open_photo", lambda file: opened.append(file) or open_photo(file))
+    monkeypatch.setattr("noisecutmix.photos.listing.open_photo", lambda file: opened.append(file) or open_photo(file))
     trainer = create_trainer(tiny_model, photos, random_crop=True, batch_size=2, accumulated=2)
     for step in range(3):
         trainer.step(step)
