@@ -81,7 +81,7 @@ def load_photos(
     lacking = [name for label, name in enumerate(train.class_names) if label not in present]
     if len(lacking) == len(train.class_names):
         raise InputError(f"{where} holds no picture; add some", option)
-    notes = test.notes
+    notes = test.notes if test.root != train.root else ()  # a published data set has said it already
     if lacking:
         names = ", ".join(map(repr, lacking[:4])) + (", …" if len(lacking) > 4 else "")
         notes += (f"the test has no picture of {len(lacking)} classes ({names}); they are not scored",)

@@ -197,6 +197,7 @@ def test_the_test_of_an_archive_is_the_published_one(archives):
     for test_dir in (None, root):
         train, test, is_share = load_photos(root, test_dir, None, 0.2, 1, 5, Source())
         assert len(train.files) == 200 and len(test.files) == 200 and not is_share
+        assert not test.notes  # those of train say how many pictures there are
     own, test, _ = load_photos(archives / "cub_split" / "train", root, None, 0.2, None, 0, Source())
     assert own.class_names[0] == "001.Black_footed_Albatross" and len(test.files) == 200
     assert colours_are_right(test, [f"{label + 1:03d}.{n.replace(' ', '_')}" for label, n in enumerate(NAMES["cub"])])
