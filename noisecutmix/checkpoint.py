@@ -119,14 +119,18 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
 def _check_scheduler(model: str, scheduler: Any) -> None:
     """Raise an InputError if the UNet was trained for another kind of schedule: it would be drawn wrongly."""
     name, settings = type(scheduler).__name__, scheduler.config
-    is_other = name.startswith(("FlowMatch", "EDM")) or settings.get("use_flow_sigmas")
+    is_other = name.startswith(("FlowMatch", "EDM", "LCM", "TCD")) or settings.get("use_flow_sigmas")
     if is_other or settings.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
         raise InputError(
-            f"{model} is a flow-matching or EDM model ({name}), not a plain Stable Diffusion model", "model"
+            f"{model} is a flow-matching, EDM or distilled model ({name}), not a plain Stable Diffusion model", "model"
         )
     if settings.get("variance_type") in ("learned", "learned_range"):
         kind = settings["variance_type"]
         raise InputError(f"{model} has a scheduler with variance_type {kind!r}, but its UNet predicts none", "model")
+    try:
+        DPMSolverMultistepScheduler.from_config(settings)
+    except (NotImplementedError, ValueError) as error:
+        raise InputError(f"{model} has a schedule that DPM-Solver++ lacks: {first_line(error)}", "model") from error
 
 
 def _load_part(folder: Path, part: str, variant: str | None) -> Any:

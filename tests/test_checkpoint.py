@@ -451,10 +451,16 @@ def edit_json(file, **changes):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("FlowMatchEulerDiscreteScheduler", {}, "is a flow-matching or EDM model"),
-        ("EDMEulerScheduler", {"prediction_type": "epsilon"}, "is a flow-matching or EDM model"),
-        ("EDMDPMSolverMultistepScheduler", {"prediction_type": "epsilon"}, "is a flow-matching or EDM model"),
-        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "is a flow-matching or EDM model"),
+        ("FlowMatchEulerDiscreteScheduler", {}, "is a flow-matching, EDM or"),
+        ("EDMEulerScheduler", {"prediction_type": "epsilon"}, "is a flow-matching, EDM or"),
+        (
+            "EDMDPMSolverMultistepScheduler",
+            {"prediction_type": "epsilon"},
+            "is a flow-matching, EDM or",
+        ),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "is a flow-matching, EDM or"),
+        ("LCMScheduler", {}, "is a flow-matching, EDM or"),
+        ("DDPMScheduler", {"beta_schedule": "sigmoid"}, "has a schedule that DPM-Solver++ lacks"),
         ("DDPMScheduler", {"variance_type": "learned_range"}, "has a scheduler with variance_type 'learned_range'"),
     ],
 )

@@ -42,7 +42,8 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
     for row, entry in summary.items():
         _, name = read_row(row)
         entry["real_pictures"] = num_train
-        num_seen, _ = (sets[name].seen or (None, 0)) if name else (0, 0)
+        seen_by_generator = sets[name].seen if name else (0, None, 0)
+        num_seen = seen_by_generator[0] if seen_by_generator else None
         entry["real_pictures_of_generator"] = num_seen
         entry["augmented_pictures"] = len(comparison.find_kept(name)) if name else 0
         seen[row] = (
@@ -68,11 +69,7 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         notes.append(f"The test has no picture of {num_without} classes; they are not scored.")
     if num_leaked:
         notes.append(f"Warning: {num_leaked} pictures are among those for training and for the test, too.")
-    # with the same seed, the generator's pictures are among the first in the same order
-    if tests_on_share and any(
-        chosen.seen is None or chosen.seen[0] > num_train or chosen.seen[1] != comparison.seed
-        for chosen in sets.values()
-    ):
+    if tests_on_share and any(may_have_seen_share(chosen.seen, comparison) for chosen in sets.values()):
         notes.append(
             "The test pictures are a part of --train_dir. A generator that was fine-tuned on all of it has seen them: "
             "then the rows with augmented pictures come out too good, and only --test_dir is fair."
@@ -158,6 +155,18 @@ def format_classes(
             numbers += [f"{accuracy[place]:.2f}", f"{differences[place]:+.2f}", "" if error is None else f"{error:.2f}"]
         table.writerow([class_names[label], (labels == label).sum(), *numbers])
     return content.getvalue()
+
+
+def may_have_seen_share(seen: tuple[int, int | None, int] | None, comparison: Comparison) -> bool:
+    """Return whether a generator may have been fine-tuned on pictures of the share of --train_dir that is the test.
+
+    With the same seed, the first pictures of a class come first in fine-tuning, too, and the share is the last ones.
+    """
+    if seen is None or seen[1] is None or seen[2] != comparison.seed:
+        return True
+    train, test = (np.bincount(p.labels, minlength=len(p.class_names)) for p in (comparison.train, comparison.test))
+    used = np.minimum(seen[1], train + test)
+    return seen[0] != used.sum() or bool((used > train).any())
 
 
 def format_table(summary: dict[str, dict[str, Any]], baseline: str, seen: dict[str, Sequence[str]]) -> str:

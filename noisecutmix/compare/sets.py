@@ -12,7 +12,7 @@ from ..classes import FINETUNE_FILE, load_classes, match_classes
 from ..errors import InputError
 from ..files import read_json
 from ..folder import LABELS_FILE, read_run
-from ..photos import Photos, Source, find_photos, split_photos
+from ..photos import Photos, Source, find_archive, find_photos, split_photos
 from ..sources import fingerprint_checkpoint
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ PUBLISHED = {
 class AugmentedSet(NamedTuple):
     """A data set of augmentation.py, its labels in the order of the real pictures' classes.
 
-    `files` are its pictures; `seen` is the number of real pictures that its generator was fine-tuned on, and the seed
-    that chose them, None if it is not known. `checkpoint` is the published one with which it was drawn: "cub",
-    "flower", "aircraft", or "" for any other.
+    `files` are its pictures; `seen` is the number of real pictures that its generator was fine-tuned on, how many there
+    are of a class (None for all), and the seed that chose them; None if it is not known. `checkpoint` is the published
+    one with which it was drawn: "cub", "flower", "aircraft", or "" for any other.
     """
 
     pictures: "AugmentedDataset"
     files: list[Path]
-    seen: tuple[int, int] | None
+    seen: tuple[int, int | None, int] | None
     fingerprint: str
     checkpoint: str = ""
 
@@ -60,6 +60,8 @@ def load_photos(
         InputError: see `find_photos` and `split_photos`; or a class of the test is not in the training.
     """
     whole = find_photos(train_dir, option="train_dir", source=source)
+    if source.list_file and not (test_dir or test_list) and find_archive(train_dir):
+        raise InputError("a published data set by lists needs the test's, too: give --test_list", "train_list")
     if not (test_dir or test_list or whole.published):
         try:
             return *split_photos(whole, test_share, examples_per_class, seed), True
@@ -139,13 +141,14 @@ def open_set(folder: Path, photos: Photos, record: dict[str, Any]) -> AugmentedS
     return AugmentedSet(pictures, files, find_seen(record), fingerprint, find_checkpoint(record))
 
 
-def find_seen(record: dict[str, Any]) -> tuple[int, int] | None:
-    """Return how many pictures fine-tuning used for the generator of an augmented set, and its seed, if it is known."""
+def find_seen(record: dict[str, Any]) -> tuple[int, int | None, int] | None:
+    """Return which pictures fine-tuning used for the generator of an augmented set (see `AugmentedSet.seen`)."""
     try:
         ckpt_path = Path(record["ckpt_path"])
         options = read_json(ckpt_path / FINETUNE_FILE, "augmented", options=dict)["options"]
         is_same = fingerprint_checkpoint(ckpt_path) == record["options"]["checkpoint"]
-        return (int(options["num_pictures"]), int(options["seed"])) if is_same else None
+        seen = (int(options["num_pictures"]), options["examples_per_class"], int(options["seed"]))
+        return seen if is_same else None
     except (InputError, ValueError, LookupError, TypeError):
         return None
 

@@ -15,7 +15,7 @@ from ..errors import InputError
 from .folders import Listing, list_class_folders
 from .lists import find_names, read_list
 from .opening import Inspection, inspect_photo, open_photo
-from .published import find_archive, list_archive
+from .published import banner_of, find_archive, list_archive
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,15 @@ def _list(root: Path, is_test: bool, source: Source) -> Listing:
     """List a published data set, or the pictures of a list, or those of class folders."""
     archive = None if source.list_file else find_archive(root)
     if archive:
+        if source.class_names and not is_test:
+            raise InputError(f"{root} is read as published, with its own class names; omit this flag", "class_names")
         return list_archive(*archive, "test" if is_test else source.split or "trainval")
     if source.split:
         raise InputError(f"{root} is not a published data set with a split; omit this flag", "split")
     listing = read_list(source.list_file, root) if source.list_file else list_class_folders(root, is_test)
+    around = find_archive(root) if source.list_file else None
+    if around:  # the pictures of a published data set, by other lists
+        listing = listing._replace(banner=banner_of(around[0]))
     names, file = find_names(root, list(listing.pictures), source.class_names)
     if repeated := find_repeated(names):
         raise InputError(f"{file or root} gives two classes the name {repeated!r}; rename one")

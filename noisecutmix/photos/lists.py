@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 
@@ -30,23 +31,32 @@ def read_list(file: Path, root: Path) -> Listing:
     sample = next((line for line in lines if line.strip()), "")
     separator = next((sign for sign in "\t," if sign in sample), "")
     labels: dict[Path, str] = {}
+    columns: set[int] = set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        cells = next(csv.reader([line], delimiter=separator)) if separator else line.split(maxsplit=1)
-        cells = [cell.strip() for cell in cells if cell.strip()]
-        if not labels and cells and cells[0].lower() in HEADER:
+        cells = _split(line, separator, root)
+        if not any(cells) or (not labels and cells[0].lower() in HEADER):  # an empty row of a spreadsheet, or titles
             continue
+        if not all(cells):
+            raise InputError(f"{file}, line {number}: the path or the class is empty; fill it in or remove the line")
         if len(cells) > 2:
             raise InputError(f"{file}, line {number}: {len(cells)} columns; keep the path and the class")
-        path = _find_picture(root, cells[0])
-        if path is None:
-            raise InputError(f"{file}, line {number}: there is no picture {root / cells[0]}")
-        if root.resolve() not in path.resolve().parents:
-            raise InputError(f"{file}, line {number}: {path} is not in {root}; give paths below it")
+        found = _find_pictures(root, cells[0])
+        if len(found) != 1:
+            what = "is no picture" if not found else f"are several pictures, such as {found[1].name},"
+            raise InputError(f"{file}, line {number}: there {what} {root / cells[0]}")
+        if root.resolve() not in found[0].resolve().parents:
+            raise InputError(f"{file}, line {number}: {found[0]} is not in {root}; give paths below it")
+        path = found[0]
+        if os.path.isabs(cells[0]):  # such a path may name the folder in another way
+            path = root / path.resolve().relative_to(root.resolve())
         if path in labels:
             raise InputError(f"{file}, line {number}: {path} is listed already; remove one line")
         labels[path] = cells[1] if len(cells) > 1 else path.parent.name
+        columns.add(len(cells))
+    if len(columns) > 1:
+        raise InputError(f"{file}: some lines have a class and others have none; give each line one")
     pictures: dict[str, list[Path]] = {name: [] for name in sorted(set(labels.values()))}
     if len(pictures) < 2:
         raise InputError(f"{file} names {len(pictures)} classes, but at least two are needed")
@@ -59,9 +69,24 @@ def read_list(file: Path, root: Path) -> Listing:
     return Listing({name: sorted(files) for name, files in pictures.items()}, [], root)
 
 
-def _find_picture(root: Path, name: str) -> Path | None:
-    candidates = (root / name, *(root / f"{name}{suffix}" for suffix in picture_suffixes()))
-    return next((path for path in candidates if path.is_file()), None)
+def _split(line: str, separator: str, root: Path) -> list[str]:
+    """Return the cells of a line. Without a separator, a line that is a path has one cell, though it holds spaces."""
+    if separator:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=separator))]
+    words = line.split(" ")
+    for count in range(len(words), 1, -1):  # the longest path that is there, then the class
+        if (root / " ".join(words[:count]).strip()).is_file():
+            return [cell for cell in (" ".join(words[:count]).strip(), " ".join(words[count:]).strip()) if cell]
+    return line.split(maxsplit=1)
+
+
+def _find_pictures(root: Path, name: str) -> list[Path]:
+    """Return the picture of this path, or those that have it but for the suffix."""
+    if (root / name).is_file():
+        return [root / name]
+    if Path(name).suffix.lower() in picture_suffixes():
+        return []
+    return [path for suffix in picture_suffixes() if (path := root / f"{name}{suffix}").is_file()]
 
 
 def find_names(root: Path, folders: list[str], file: Path | None) -> tuple[list[str], Path | None]:
@@ -90,9 +115,9 @@ def find_names(root: Path, folders: list[str], file: Path | None) -> tuple[list[
     if names is None or len(names) != len(folders):
         what = "is no JSON file of names" if names is None else f"has {len(names)} names for {len(folders)} folders"
         raise InputError(f"{file} {what}; give an object of names by folder, or a list", "class_names")
-    if all(folder.isdecimal() for folder in folders) and folders != sorted(folders, key=int):
+    if folders != sorted(folders, key=_natural_key):
         raise InputError(
-            f"{file} is a list, but the folders are numbers, whose order is 1, 10, 2 for some programs and 1, 2, 10 "
+            f"{file} is a list, but the folders hold numbers, whose order is 1, 10, 2 for some programs and 1, 2, 10 "
             "for others; give an object of names by folder",
             "class_names",
         )
@@ -107,12 +132,17 @@ def _read_names(file: Path) -> dict[str, str] | list[str] | None:
             entries = [re.fullmatch(r"(\d+)\s+(.+)", line.strip()) for line in text.splitlines() if line.strip()]
             return {_key(entry[1]): entry[2] for entry in entries if entry} if all(entries) else None
         content = json.loads(text)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     values = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(values, list) or not all(isinstance(name, str) and name.strip() for name in values):
         return None
     return {_key(name): value for name, value in content.items()} if isinstance(content, dict) else values
+
+
+def _natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts the numbers in names by their value."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _key(folder: str) -> str:

@@ -58,11 +58,12 @@ def find_archive(folder: Path) -> tuple[Archive, Path] | None:
         InputError: there are several.
     """
     inner = sorted(path for path in folder.iterdir() if path.is_dir())
-    found = []
+    found: list[tuple[Archive, Path]] = []
     for base in (folder, folder.resolve().parent, *inner, *(path / "data" for path in inner)):
         for archive in ARCHIVES:
             is_outside = base == folder.resolve().parent and archive.pictures != folder.resolve().name
-            if not is_outside and any((base / mark).is_file() for mark in archive.marks):
+            is_new = (archive.title, base.resolve()) not in {(known.title, path.resolve()) for known, path in found}
+            if is_new and not is_outside and any((base / mark).is_file() for mark in archive.marks):
                 found.append((archive, base))
     if len(found) > 1:
         (first, base), (second, other) = found[:2]
@@ -85,6 +86,8 @@ def list_archive(archive: Archive, base: Path, split: str) -> Listing:
     except (ValueError, LookupError, UnicodeError) as error:
         raise InputError(f"the lists of {archive.title} in {base} are damaged: {first_line(error)}") from error
     class_names = _as_the_project_spells(archive, content.class_names)
+    if len(set(class_names)) < len(class_names):
+        raise InputError(f"the lists of {archive.title} in {base} name a class twice; unpack the archive again")
 
     # Every picture is in one part of the split, and in its folder
     listed = [path for part in PARTS for path, _ in content.parts[part]]
@@ -113,8 +116,13 @@ def list_archive(archive: Archive, base: Path, split: str) -> Listing:
             pictures[class_names[label]].append(base / archive.pictures / path)
     if split != "test" and (empty := [name for name, files in pictures.items() if not files]):
         raise InputError(f"the lists of {archive.title} in {base} name no picture for training of {empty[0]!r}")
-    banner = BANNER if archive.data_name == "aircraft" else 0
-    return Listing({name: sorted(files) for name, files in pictures.items()}, notes, base, archive.title, banner)
+    pictures = {name: sorted(files) for name, files in pictures.items()}
+    return Listing(pictures, notes, base, archive.title, banner_of(archive))
+
+
+def banner_of(archive: Archive) -> int:
+    """Return the height in pixels of what is cut from the bottom of each picture."""
+    return BANNER if archive.data_name == "aircraft" else 0
 
 
 def _read_cub(base: Path) -> _Content:
@@ -128,6 +136,8 @@ def _read_cub(base: Path) -> _Content:
     parts: dict[str, list[tuple[str, int]]] = {part: [] for part in PARTS}
     for number, path in files.items():
         part = {"1": "train", "0": "test"}[is_training[number]]
+        if path.partition("/")[0] != names[int(labels[number])]:
+            raise ValueError(f"image_class_labels.txt has another class for {path} than its folder")
         parts[part].append((path, places[int(labels[number])]))
     return _Content(without_numbers(list(names.values())), parts)
 

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import time
+import types
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from conftest import MAX_WAIT, as_command_line, command, offline_environment, wr
 from PIL import Image
 
 from noisecutmix.compare.__main__ import create_parser, parse
-from noisecutmix.compare.report import explain_gain
+from noisecutmix.compare.report import explain_gain, may_have_seen_share
 from noisecutmix.compare.statistics import summarize
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.folder import OutputFolder
@@ -439,7 +440,9 @@ def test_the_number_of_pictures_that_the_generator_saw_is_read_from_its_checkpoi
     from noisecutmix.sources import fingerprint_checkpoint
 
     shutil.copytree(tiny_checkpoint, folder / "tuned")
-    (folder / "tuned" / "finetune.json").write_text(json.dumps({"options": {"num_pictures": 12, "seed": 0}}))
+    (folder / "tuned" / "finetune.json").write_text(
+        json.dumps({"options": {"num_pictures": 12, "examples_per_class": 4, "seed": 0}})
+    )
     run_file = folder / "aug" / "run.json"
     content = json.loads(run_file.read_text())
     content["ckpt_path"] = str(folder / "tuned")
@@ -456,6 +459,26 @@ def test_the_number_of_pictures_that_the_generator_saw_is_read_from_its_checkpoi
             main()
         text = (folder / f"seed{seed}" / "results.md").read_text(encoding="utf-8")
         assert ("has seen them" in text) == (seed == 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "seen", "warns"),
+    [
+        ((5, 100), (15, 10, 0), True),  # all five of the first class, of which one is for the test
+        ((50, 100), (20, 10, 0), False),
+        ((50, 100), (20, 10, 1), True),
+        ((50, 100), (20, None, 0), True),
+        ((50, 100), None, True),
+    ],
+)
+def test_a_generator_that_may_have_seen_the_share_is_named(tmp_path, sizes, seen, warns):
+    for name, size in zip(("a", "b"), sizes):
+        (tmp_path / name).mkdir()
+        for number in range(size):
+            (tmp_path / name / f"{number}.png").touch()
+    train, test = split_photos(find_photos(tmp_path), 0.2)
+    comparison = types.SimpleNamespace(train=train, test=test, seed=0)
+    assert may_have_seen_share(seen, comparison) == warns
 
 
 def test_a_test_without_a_class_scores_the_others(folder, capsys):

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,7 +174,23 @@ def test_an_archive_is_read_with_its_classes_and_its_split(archives, data_name, 
             "cub",
             "cub",
             lambda root: write_lines(root / "classes.txt", [f"{number} {number}.A_bird" for number in range(1, 201)]),
-            "has no class 'A_bird'",
+            "has another class for 001.Black_footed_Albatross",
+        ),
+        (
+            "cub",
+            "cub",
+            lambda root: write_lines(
+                root / "image_class_labels.txt", [f"{number} {1 + number // 200}" for number in range(1, 601)]
+            ),
+            "has another class for",
+        ),
+        (
+            "aircraft",
+            "aircraft",
+            lambda root: (root / "data" / "variants.txt").write_text(
+                (root / "data" / "variants.txt").read_text() + "F-16A B\n"
+            ),
+            "name a class twice",
         ),
         ("cub", "cub", lambda root: write_flowers(root), "holds two data sets, CUB-200-2011"),
     ],
@@ -283,6 +300,7 @@ def test_names_of_folders_come_from_a_file(archives, tmp_path):
         (("a", "b"), "ant", "is no JSON file of names"),
         (("a", "b"), {"a": "ant", "b": "Ant"}, "gives two classes the name 'Ant'"),
         (("2", "10"), ["ant", "bee"], "give an object of names by folder"),
+        (("class_2", "class_10"), ["ant", "bee"], "give an object of names by folder"),
     ],
 )
 def test_a_file_of_names_that_does_not_fit_is_refused(tmp_path, folders, content, message):
@@ -300,6 +318,7 @@ def test_a_file_of_names_that_does_not_fit_is_refused(tmp_path, folders, content
         ["path,class", "a/0.jpg,cat", "a/1.jpg,wild cat", '"b/2.jpg","wild cat"'],
         ["a/0.jpg\tcat", "a/1.jpg\twild cat", "b/2.jpg\twild cat", ""],
         ["a/0 cat", "a/1 wild cat", "b/2 wild cat"],
+        ["a/0.jpg,cat", ",", "a/1.jpg,wild cat", "b/2.jpg,wild cat"],
     ],
 )
 def test_a_list_names_pictures_and_classes(tmp_path, lines):
@@ -312,6 +331,40 @@ def test_a_list_names_pictures_and_classes(tmp_path, lines):
         (file.relative_to(tmp_path / "photos").as_posix(), label) for file, label in zip(photos.files, photos.labels)
     }
     assert found == {("a/0.jpg", 0), ("a/1.jpg", 1), ("b/2.jpg", 1)}
+
+
+def test_paths_in_a_list_may_hold_spaces_and_be_absolute(tmp_path, monkeypatch):
+    for name in ("cat/photo.jpg", "cat/photo 2.jpg", "dog/photo 2.jpg"):
+        write_picture(tmp_path / "photos" / name, 0, 2)
+    write_lines(tmp_path / "paths.txt", ["cat/photo 2.jpg", "dog/photo 2.jpg"])
+    write_lines(tmp_path / "pairs.txt", ["cat/photo 2.jpg big cat", f"{tmp_path}/photos/dog/photo 2.jpg dog"])
+    monkeypatch.chdir(tmp_path)
+    for name, classes in (("paths.txt", ("cat", "dog")), ("pairs.txt", ("big cat", "dog"))):
+        photos = find_photos(Path("photos"), 1, source=Source(list_file=Path(name)))
+        assert photos.class_names == classes
+        assert [file.as_posix() for file in photos.files] == ["photos/cat/photo 2.jpg", "photos/dog/photo 2.jpg"]
+    write_picture(tmp_path / "photos" / "cat" / "photo.png", 0, 2)
+    write_lines(tmp_path / "paths.txt", ["cat/photo", "dog/photo 2"])
+    with pytest.raises(InputError, match="there are several pictures"):
+        find_photos(Path("photos"), source=Source(list_file=Path("paths.txt")))
+
+
+def test_lists_and_names_of_an_archive(archives, tmp_path):
+    """By other lists, Aircraft's banner is cut all the same, and the test has to be said."""
+    root = archives / "aircraft" / "fgvc-aircraft-2013b"
+    write_lines(tmp_path / "train.txt", ["data/images/0000001 a", "data/images/0000003 b"])
+    write_lines(tmp_path / "test.txt", ["data/images/0000002 a", "data/images/0000004 b"])
+    source = Source(list_file=tmp_path / "train.txt")
+    train, test, _ = load_photos(root, None, tmp_path / "test.txt", 0.2, None, 0, source)
+    assert train.open(0).size == test.open(0).size == (SIDE, SIDE)
+    with pytest.raises(InputError, match=r"train_list: .* give --test_list"):
+        load_photos(root, None, None, 0.2, None, 0, source)
+    with pytest.raises(InputError, match=r"class_names: .* is read as published, with its own class names"):
+        find_photos(root, source=Source(class_names=tmp_path / "names.json"))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "one").symlink_to(root)
+    (tmp_path / "linked" / "two").symlink_to(root)
+    assert find_photos(tmp_path / "linked").published == "FGVC-Aircraft"
 
 
 def test_a_list_of_paths_alone_takes_the_folders_and_a_second_list_is_the_test(tmp_path):
@@ -335,6 +388,8 @@ def test_a_list_of_paths_alone_takes_the_folders_and_a_second_list_is_the_test(t
         (["a/0.jpg cat", "a/0.jpg dog"], "line 2: .* is listed already"),
         (["a/0.jpg cat", "../x.jpg dog"], "line 2: .* is not in"),
         (["a/0.jpg,cat,1", "a/1.jpg,dog,2"], "3 columns"),
+        (["a/0.jpg,cat", "a/1.jpg,"], "line 2: the path or the class is empty"),
+        (["a/0.jpg cat", "a/1.jpg"], "some lines have a class and others have none"),
         (["a/0.jpg cat", "a/1.jpg Cat"], "count as the same"),
         (["a/0.jpg cat"], "names 1 classes"),
     ],
