@@ -34,9 +34,9 @@ class Photos:
     published: str = ""
     banner: int = 0
 
-    def open(self, index: int) -> Image.Image:
-        """Return a picture as `open_photo` does, without its banner."""
-        picture = open_photo(self.files[index])
+    def open(self, index: int, min_side: int | None = None) -> Image.Image:
+        """Return a picture as `open_photo` does, without its banner; `min_side` counts where there is none."""
+        picture = open_photo(self.files[index], None if self.banner else min_side)
         return picture.crop((0, 0, picture.width, picture.height - self.banner)) if self.banner else picture
 
 
