@@ -116,6 +116,12 @@ def ending_at_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def ignore_signals(worker: int) -> None:
+    """Let no signal end a DataLoader's worker, since launchers send one to all processes: torch ends it at the end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def program_words() -> list[str]:
     """Return the words that start this program, such as ["python", "-m", "noisecutmix.finetune"]."""
     script = Path(sys.argv[0]).resolve()

@@ -31,7 +31,7 @@ FIRST_OF_RECIPE = [field.name for field in dataclasses.fields(Recipe) if field.d
 # the flags on which no classifier depends, whether directly or by the content of files
 NOT_OF_RESULTS = (
     *("train_dir", "test_dir", "train_list", "test_list", "split", "class_names", "augmented", "output_dir", "rows"),
-    *("baseline", "seeds", "save_weights", "device", "num_workers", "recipe"),
+    *("baseline", "seeds", "save_weights", "keep_copies", "report", "device", "num_workers", "recipe"),
 )
 
 LOST_WORKER = ("DataLoader worker", "shared memory", "/torch_")  # in torch's messages
@@ -69,6 +69,10 @@ def create_parser() -> Parser:
     add("--keep", type=as_number(Range(float, 0.01, 1)), default=1.0, metavar="P", help=keep + default)
     weights = "keep the first classifier of each row in weights/, and print how to use it"
     add("--save_weights", action="store_true", help=weights)
+    report = "only print the accuracies of the classifiers that are trained already"
+    add("--report", action="store_true", help=report)
+    copies = "keep the reduced copies of large photos, for more seeds or rows"
+    add("--keep_copies", action="store_true", help=copies)
 
     add = parser.add_argument_group("training").add_argument
     recipe = "defaults as Diff-Mix trains classifiers, for --image_size 224, 384 or 448; any flag overrides them"
@@ -193,15 +197,25 @@ def main() -> None:
         parser.command(),
         train,
         test,
+        (train_hashes, test_hashes),
         sets,
         rows=options.rows,
         seeds=options.seeds,
         seed=options.seed,
         keep=options.keep,
         saves_weights=options.save_weights,
+        keeps_copies=options.keep_copies,
         device=device,
         num_workers=options.num_workers,
     )
+
+    if options.report:
+        if comparison.check_usable():
+            raise InputError(f"{options.output_dir} holds no comparison yet", "output_dir")
+        from .report import format_progress
+
+        print(format_progress(comparison))
+        return
 
     # The pictures of a comparison that has begun are the same as then
     if comparison.check_usable():
@@ -228,6 +242,7 @@ def main() -> None:
     from .report import write_report
 
     write_report(comparison, options.baseline, num_leaked, tests_on_share)
+    comparison.clear()
     if options.save_weights and launch.is_first_process():
         from .classifier import explain_loading
 

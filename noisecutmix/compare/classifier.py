@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +20,12 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch.utils.data import DataLoader
 
+from .. import script
 from ..datasets import MixedDataset
 from ..errors import InputError, RunError, first_line, is_out_of_memory
+from ..files import atomic_file
 from ..photos import Photos
-from ..plan import area_ratio, sample_cutmix_box, seed_sequence
+from ..plan import seed_sequence
 from .items import (
     AugmentedPictures,
     RealPictures,
@@ -29,6 +33,7 @@ from .items import (
     derive_seed,
     draw_batches,
     keeping_global_state,
+    mix_batch,
     seed_global_state,
 )
 from .recipe import Recipe
@@ -45,7 +50,7 @@ LABEL_SMOOTHING = 0.1
 MOMENTUM = 0.9
 PADDING = 8  # pixels around a resized picture, before a random crop, as in Diff-Mix
 NOT_FINITE = "use a lower learning_rate or dtype=bfloat16 in another folder"
-ALPHA = 1.0  # of MixUp's and CutMix's Beta distribution
+STATE_SECONDS = 600  # between two states of a training
 
 
 class Classifier:
@@ -82,6 +87,12 @@ class Classifier:
         """Return the number of training steps with so many real pictures."""
         return max(int(self.recipe.epochs) * num_pictures // int(self.recipe.batch_size), 1)
 
+    def shorter_side(self) -> int:
+        """Return the shorter side in pixels that a photo needs, so that nothing a crop could show is lost."""
+        side = int(self.data_config["input_size"][1])
+        train = self.recipe.resize or side / math.sqrt(self.recipe.crop_scale)  # the smallest crop
+        return math.ceil(max(train, side / float(self.data_config["crop_pct"])))  # of the training, and of the test
+
     def try_batch(self) -> None:
         """Raise an InputError if the model cannot train on batches of this size."""
         size, recipe = self.data_config["input_size"], self.recipe
@@ -99,18 +110,23 @@ class Classifier:
         photos: Photos,
         augmented: Callable[[Any], AugmentedPictures] | None,
         mix: str,
-        after_step: Callable[[float], None],
+        state_file: Path,
+        after_step: Callable[[int, float, float], None],
     ) -> None:
         """Train. Order, crops and flips are the same for every `augmented` and `mix`.
+
+        The state of the training is written every ten minutes and at a signal; a training that has one continues.
 
         Args:
             photos: the real pictures.
             augmented: a function from a transform to the augmented pictures; None for real pictures only.
             mix: what mixes a batch, with probability `mix_probability`: "mixup", "cutmix", or "" for neither.
-            after_step: called with the loss.
+            state_file: the state, which the caller deletes once it needs the training no more.
+            after_step: called with the number of steps so far, the loss and the learning rate.
 
         Raises:
             RunError: the loss is not finite.
+            Stopped: a signal has arrived.
         """
         recipe, device, num_pictures = self.recipe, self.device, len(photos.files)
 
@@ -123,10 +139,7 @@ class Classifier:
             recipe.probability if augmented else 0.0,
             seed=derive_seed(self.seed, 0),
         )
-        loader = self._loader(
-            SeededItems(mixed, derive_seed(self.seed, 1)),
-            batch_sampler=draw_batches(num_pictures, recipe.epochs, recipe.batch_size, derive_seed(self.seed, 2)),
-        )
+        batches = draw_batches(num_pictures, recipe.epochs, recipe.batch_size, derive_seed(self.seed, 2))
 
         # Optimiser and schedule
         steps, mix_rng = self.steps(num_pictures), np.random.default_rng(seed_sequence(self.seed, 3))
@@ -138,10 +151,15 @@ class Classifier:
         )
         scaler = torch.amp.GradScaler(enabled=recipe.dtype == "float16")
 
+        # The state of an earlier start
+        parts = {"model": self.model, "optimizer": optimizer, "scaler": scaler}
+        first, written = _read_state(state_file, parts, mix_rng), time.monotonic()
+
         # Steps
+        items, left = SeededItems(mixed, derive_seed(self.seed, 1)), itertools.islice(batches, first, None)
         self.model.train()
-        with keeping_global_state(device):
-            for step, (pictures, labels) in enumerate(loader):
+        with keeping_global_state(device), script.deferring_signals():
+            for step, (pictures, labels) in enumerate(self._loader(items, batch_sampler=left), first):
                 seed_global_state(derive_seed(self.seed, 4, step), device)  # for dropout
                 pictures = pictures.to(device, memory_format=torch.channels_last)
                 labels = (1 - LABEL_SMOOTHING) * labels.to(device) + LABEL_SMOOTHING / self.num_classes
@@ -157,7 +175,11 @@ class Classifier:
                 value = loss.item()
                 if not math.isfinite(value):
                     raise RunError(f"the loss of step {step + 1} is not finite; {NOT_FINITE}")
-                after_step(value)
+                after_step(step + 1, value, optimizer.param_groups[0]["lr"])
+                if script.is_stopping() or time.monotonic() - written > STATE_SECONDS:
+                    _write_state(state_file, step + 1, parts, mix_rng)
+                    written = time.monotonic()
+                script.check_signals()
 
     @torch.no_grad()
     def predict(self, items: Callable[[Any], Any]) -> np.ndarray:
@@ -202,13 +224,41 @@ class Classifier:
         return transforms.Compose(steps)
 
     def _loader(self, items: Any, **batches: Any) -> DataLoader[Any]:
-        workers, is_cuda = self.num_workers, self.device.startswith("cuda")
-        return DataLoader(items, **batches, num_workers=workers, pin_memory=is_cuda, generator=torch.Generator())
+        return DataLoader(
+            items,
+            **batches,
+            num_workers=self.num_workers,
+            worker_init_fn=script.ignore_signals,
+            pin_memory=self.device.startswith("cuda"),
+            generator=torch.Generator(),
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.recipe.dtype == "float32":
             return contextlib.nullcontext()
         return torch.autocast(torch.device(self.device).type, getattr(torch, self.recipe.dtype))
+
+
+def _write_state(file: Path, step: int, parts: dict[str, Any], mix_rng: np.random.Generator) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
+    file.parent.mkdir(exist_ok=True)
+    with atomic_file(file) as opened:
+        torch.save({**state, "step": step, "mix_rng": json.dumps(mix_rng.bit_generator.state)}, opened)
+
+
+def _read_state(file: Path, parts: dict[str, Any], mix_rng: np.random.Generator) -> int:
+    """Restore a state, and return its number of steps; 0 if there is none, or it is damaged."""
+    if not file.exists():
+        return 0
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises errors of many types
+        script.say(f"{file} is damaged and not used ({type(error).__name__})")
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    mix_rng.bit_generator.state = json.loads(state["mix_rng"])
+    return int(state["step"])
 
 
 def check_model(name: str) -> None:
@@ -217,27 +267,6 @@ def check_model(name: str) -> None:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all of them"
         raise InputError(f"timm has no {name!r}; {hint}", "model")
-
-
-def mix_batch(
-    mix: str, pictures: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix every picture (B, 3, h, w) and soft label (B, num_classes) of a batch with another one's.
-
-    MixUp blends them (Zhang et al., ICLR 2018), CutMix pastes a box (Yun et al., ICCV 2019). timm's own takes no soft
-    labels and draws from numpy's global state.
-    """
-    order = torch.from_numpy(rng.permutation(len(pictures))).to(pictures.device)
-    if mix == "mixup":
-        share = 1 - rng.beta(ALPHA, ALPHA)
-        pictures = torch.lerp(pictures, pictures[order], share)
-    else:
-        height, width = pictures.shape[-2:]
-        left, top, right, bottom = box = sample_cutmix_box(height, width, ALPHA, rng)
-        share = area_ratio(box, height, width)
-        pictures = pictures.clone()
-        pictures[:, :, top:bottom, left:right] = pictures[order, :, top:bottom, left:right]
-    return pictures, torch.lerp(labels, labels[order], share)
 
 
 def explain_loading(weights: Path, picture: Path) -> str:

@@ -4,20 +4,23 @@ A job is a row and the number of a seed. Any number of processes work on the job
 has finished or begun, and a finished job is a file that appears whole.
 """
 
+import contextlib
 import csv
 import functools
 import io
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import launch, script
+from .. import launch, log, script
 from ..errors import InputError, RunError
 from ..files import atomic_file, check_same, create_file, describe_program, read_record, write_png
 from ..photos import Photos
+from .copies import reduce_photos
 from .recipe import Recipe, read_row
 from .sets import AugmentedSet
 
@@ -26,16 +29,9 @@ if TYPE_CHECKING:
 
     from .classifier import Classifier
 
-OPTIONS_FILE, TEST_PICTURES_FILE = "classify.json", "test_pictures.csv"
+OPTIONS_FILE, TEST_PICTURES_FILE, COPIES = "classify.json", "test_pictures.csv", "copies"
 MIN_ACCURACY = 50  # percent, below which a classifier cannot be the reference for augmented pictures
 LOOKED_AFTER = 20  # steps, after which a process looks whether another one has finished its job
-
-LABEL_COLOR, PREDICTION_COLOR = (0, 0, 0), (148, 60, 189)
-LEGEND = [
-    ("black: the soft label", LABEL_COLOR),
-    ("purple: the prediction of the classifier", PREDICTION_COLOR),
-    ("sorted by the loss between them", LABEL_COLOR),
-]
 
 Job = tuple[str, int]
 REFERENCE: Job = ("none", 0)  # its classifier measures the loss of the augmented pictures
@@ -55,12 +51,14 @@ class Comparison:
         dependencies: all that the predictions depend on beside row and seed, as JSON values.
         command: continues the comparison.
         train, test: the pictures for training and for the test.
+        hashes: SHA-256 of each picture for training, and of each one for the test.
         sets: the augmented data sets by their name.
         rows: the ways to train.
         seeds: the number of classifiers of each row.
         seed: of all random choices.
         keep: the share of each augmented set that is used.
         saves_weights: whether the first classifier of each row is kept.
+        keeps_copies: whether the reduced copies of large photos are kept.
         device, num_workers: where to train, and how many processes read pictures.
     """
 
@@ -70,12 +68,14 @@ class Comparison:
     command: Sequence[str]
     train: Photos
     test: Photos
+    hashes: tuple[Sequence[str], Sequence[str]]
     sets: dict[str, AugmentedSet]
     rows: Sequence[str]
     seeds: int
     seed: int
     keep: float
     saves_weights: bool
+    keeps_copies: bool
     device: str
     num_workers: int
 
@@ -89,6 +89,8 @@ class Comparison:
     def check_usable(self) -> bool:
         """Return whether the comparison is new. Raises InputError if the folder holds one with other options."""
         there = read_record(self.root / OPTIONS_FILE, "output_dir", options=dict)
+        if there is None or "reduced_photos" in there["options"]:
+            self.dependencies["reduced_photos"] = True
         if there is None:
             if (self.root / "results").exists():
                 raise InputError(f"{self.root} has results without {OPTIONS_FILE}; choose another folder", "output_dir")
@@ -98,6 +100,9 @@ class Comparison:
 
     def result_file(self, job: Job) -> Path:
         return self.root / "results" / f"predictions_{job[0]}_seed{job[1]}.npy"
+
+    def state_file(self, job: Job) -> Path:
+        return self.root / "states" / f"{job[0]}_seed{job[1]}.pt"
 
     def weights_file(self, row: str) -> Path:
         return self.root / "weights" / f"{row}.safetensors"
@@ -123,7 +128,6 @@ class Comparison:
         # Refuse a wrong model before anything is written
         classifier = self._create_classifier()
         classifier.try_batch()
-        steps = classifier.steps(len(self.train.files))
 
         # Begin or continue the folder
         self.root.mkdir(parents=True, exist_ok=True)
@@ -134,7 +138,14 @@ class Comparison:
         if not (self.root / TEST_PICTURES_FILE).exists():
             self._write_test_pictures()
 
+        # Decode large photos once, unless an earlier version began the comparison with whole ones
+        if self.dependencies.get("reduced_photos"):
+            side, folder, (train_hashes, test_hashes) = classifier.shorter_side(), self.root / COPIES, self.hashes
+            self.train = reduce_photos(self.train, train_hashes, folder, side)
+            self.test = reduce_photos(self.test, test_hashes, folder, side)
+
         # Train
+        steps = classifier.steps(len(self.train.files))
         with tqdm(unit="step", smoothing=0.05, disable=not launch.is_first_process()) as bar:
             while job := self._choose_job():
                 bar.total = bar.n + steps * sum(not self.is_done(other) for other in self.jobs)
@@ -143,7 +154,20 @@ class Comparison:
                     self._train(job, bar)
                 except AlreadyTrained:
                     continue
+                except FileNotFoundError:
+                    if not self.is_done(job):  # else another process was first, and has cleared the folder
+                        raise
+                    continue
                 script.say(f"{job[0]}, seed {job[1]}: {self.read_top1(job):.1f} % test accuracy")
+
+    def clear(self) -> None:
+        """Delete what is needed only until all classifiers are trained and reported."""
+        for left in (self.root / "results").glob(".*.tmp"):  # of killed processes, or of one that is too late
+            with contextlib.suppress(OSError):
+                left.unlink()
+        shutil.rmtree(self.root / "states", ignore_errors=True)
+        if not self.keeps_copies:  # a process that still needs one makes it again in memory
+            shutil.rmtree(self.root / COPIES, ignore_errors=True)
 
     def _create_classifier(self, seed: int = 0) -> "Classifier":
         from .classifier import Classifier
@@ -170,6 +194,7 @@ class Comparison:
         names = [file.name for file in (self.root / "results").iterdir()]  # of temporary files, while a job is trained
         begun = {job: sum(name.startswith(f".{self.result_file(job).name}.") for name in names) for job in ready}
         free = [job for job in ready if begun[job] == min(begun.values())]
+        free = [job for job in free if self.state_file(job).exists()] or free
         rank, count = launch.rank_and_count()
         place = rank / count if count > 1 else 0 if self._is_new else random.Random().random()
         return free[int(place * len(free))]
@@ -186,10 +211,15 @@ class Comparison:
 
         row, number = job
         mix, name = read_row(row)
-        classifier = self._create_classifier(derive_seed(self.seed, number))
+        classifier, state_file = self._create_classifier(derive_seed(self.seed, number)), self.state_file(job)
+        log_file, before = self.root / "logs" / f"{row}_seed{number}.csv", bar.n
 
-        def after_step(loss: float) -> None:
-            script.check_signals()
+        def after_step(step: int, loss: float, learning_rate: float) -> None:
+            if bar.n == before:
+                log.cut(log_file, step - 1)
+                bar.total -= step - 1  # of an earlier start
+            epoch = step * self.recipe.batch_size / len(self.train.files)
+            log.append(log_file, step=step, epoch=f"{epoch:.3f}", loss=loss, learning_rate=learning_rate)
             bar.update()
             pictures = self.recipe.batch_size * (bar.format_dict["rate"] or 0)
             bar.set_postfix_str(f"loss {loss:.3f}, {pictures:.0f} pictures/s", refresh=False)
@@ -201,7 +231,7 @@ class Comparison:
             return AugmentedPictures(chosen.pictures, self.find_kept(name), transform)
 
         with atomic_file(self.result_file(job)) as file:  # its temporary name tells the others that the job has begun
-            classifier.train(self.train, augmented if name else None, mix, after_step)
+            classifier.train(self.train, augmented if name else None, mix, state_file, after_step)
             probabilities = classifier.predict(lambda transform: RealPictures(self.test, transform))
             predictions = probabilities.astype(np.float16)
             rounded = np.flatnonzero(predictions.argmax(1) != probabilities.argmax(1))  # two classes became equal
@@ -214,12 +244,13 @@ class Comparison:
                 with atomic_file(self.weights_file(row)) as weights:
                     weights.write(classifier.to_safetensors(self.train.class_names))
             np.save(file, predictions)
+        state_file.unlink(missing_ok=True)
 
     def _measure_losses(self, classifier: "Classifier", top1: float) -> None:
         """Write the cross-entropy of the prediction to the label of each augmented picture; draw the highest ones."""
         import numpy as np
 
-        from ..preview import MAX_PICTURES, draw_grid
+        from .figures import draw_highest_losses
         from .items import AugmentedPictures
 
         if top1 < MIN_ACCURACY:
@@ -233,14 +264,7 @@ class Comparison:
             content = io.BytesIO()
             np.save(content, losses.astype(np.float32))
             create_file(self.losses_file(name), content.getvalue())  # never replaced: the kept pictures depend on it
-            highest = np.argsort(-losses, kind="stable")[:MAX_PICTURES]
-            captions = []
-            for index in highest:
-                lines = [(f"{share:.2f}", label, LABEL_COLOR) for label, share in enumerate(labels[index]) if share]
-                predicted = int(probabilities[index].argmax())
-                captions.append([*lines, (f"predicted: {probabilities[index].max():.2f}", predicted, PREDICTION_COLOR)])
-            images = [chosen.pictures[int(index)][0] for index in highest]
-            grid = draw_grid(images, captions, self.train.class_names, LEGEND)
+            grid = draw_highest_losses(chosen.pictures, losses, probabilities, self.train.class_names)
             write_png(self.root / f"highest_loss_{name}.png", grid)
 
     def find_kept(self, name: str) -> "Sequence[int]":
@@ -253,16 +277,16 @@ class Comparison:
         best = np.argsort(np.load(self.losses_file(name), allow_pickle=False), kind="stable")
         return sorted(best[: max(round(self.keep * count), 1)].tolist())
 
-    def read_right(self, job: Job) -> "np.ndarray":
-        """Return (pictures,), whether a job's classifier names the class of each test picture right."""
+    def read_predicted(self, job: Job) -> "np.ndarray":
+        """Return (pictures,), the class that a job's classifier predicts for each test picture."""
         import numpy as np
 
-        is_right: np.ndarray = np.load(self.result_file(job), allow_pickle=False).argmax(1) == self.test.labels
-        return is_right
+        predicted: np.ndarray = np.load(self.result_file(job), allow_pickle=False).argmax(1)
+        return predicted
 
     def read_top1(self, job: Job) -> float:
         """Return the test accuracy of a job's classifier, in percent."""
-        return 100 * float(self.read_right(job).mean())
+        return 100 * float((self.read_predicted(job) == self.test.labels).mean())
 
 
 def describe_weak_reference(top1: float) -> str:

@@ -13,9 +13,10 @@ from PIL import Image
 
 from ..datasets import AugmentedDataset, MixedDataset
 from ..photos import Photos
-from ..plan import seed_sequence
+from ..plan import area_ratio, sample_cutmix_box, seed_sequence
 
 KEPT_PIXELS = 2**26  # of photos that are decoded only once, in each process that reads them: 200 MB
+ALPHA = 1.0  # of MixUp's and CutMix's Beta distribution
 
 Transform = Callable[[Any], torch.Tensor]
 
@@ -81,6 +82,27 @@ def draw_batches(num_pictures: int, epochs: int, batch_size: int, seed: int) -> 
             del waiting[:batch_size]
     if epochs * num_pictures < batch_size:
         yield waiting
+
+
+def mix_batch(
+    mix: str, pictures: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix every picture (B, 3, h, w) and soft label (B, num_classes) of a batch with another one's.
+
+    MixUp blends them (Zhang et al., ICLR 2018), CutMix pastes a box (Yun et al., ICCV 2019). timm's own takes no soft
+    labels and draws from numpy's global state.
+    """
+    order = torch.from_numpy(rng.permutation(len(pictures))).to(pictures.device)
+    if mix == "mixup":
+        share = 1 - rng.beta(ALPHA, ALPHA)
+        pictures = torch.lerp(pictures, pictures[order], share)
+    else:
+        height, width = pictures.shape[-2:]
+        left, top, right, bottom = box = sample_cutmix_box(height, width, ALPHA, rng)
+        share = area_ratio(box, height, width)
+        pictures = pictures.clone()
+        pictures[:, :, top:bottom, left:right] = pictures[order, :, top:bottom, left:right]
+    return pictures, torch.lerp(labels, labels[order], share)
 
 
 def derive_seed(seed: int, *numbers: int) -> int:

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from .. import launch
-from ..files import atomic_file
+from ..files import atomic_file, write_png
 from .comparison import MIN_ACCURACY, REFERENCE, Comparison, describe_weak_reference
+from .figures import count_confusions, draw_gained_and_lost, plot_accuracies, plot_confusions
 from .recipe import read_row
 from .sets import PUBLISHED
 from .statistics import MIN_SEEDS, compare_classes, explain_verdict, summarize
 
 
 def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_on_share: bool) -> None:
-    """Write results.json, results.md and accuracy.png, the same whoever does it; print the table.
+    """Write results.json, results.md, per_class.csv and the figures, the same whoever does it; print the table.
 
     Args:
         comparison: with the predictions of all jobs.
@@ -31,11 +32,13 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
     recipe, sets, num_train = comparison.recipe, comparison.sets, len(comparison.train.files)
 
     # Differences and their errors
-    is_right = {
-        row: np.stack([comparison.read_right((row, seed)) for seed in range(comparison.seeds)])
+    test_labels, class_names = np.array(comparison.test.labels), comparison.train.class_names
+    predicted = {
+        row: np.stack([comparison.read_predicted((row, seed)) for seed in range(comparison.seeds)])
         for row in comparison.rows
     }
-    summary = summarize(is_right, np.array(comparison.test.labels), baseline)
+    is_right = {row: values == test_labels for row, values in predicted.items()}
+    summary = summarize(is_right, test_labels, baseline)
 
     # How many pictures classifier and generator have seen
     seen: dict[str, Sequence[str]] = {"": ("real pictures seen by the classifier", "by the generator", "augmented")}
@@ -53,7 +56,6 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         )
 
     # Which classes gain, and whether they are those of which there are many augmented pictures
-    test_labels, class_names = np.array(comparison.test.labels), comparison.train.class_names
     counts = {name: chosen.pictures.soft_labels[comparison.find_kept(name)].sum(0) for name, chosen in sets.items()}
     of_classes = compare_classes(is_right, test_labels, baseline)
 
@@ -99,6 +101,20 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         for sentence in explain_gain(row, of_classes[row][1], counts[name], test_labels)
     ]
 
+    # The figures
+    figures = {"accuracy.png": plot_accuracies(summary, f"{recipe.model}, {comparison.seeds} seeds")}
+    best = find_best(summary, [row for row in comparison.rows if row != baseline])
+    confusions = {
+        row: count_confusions(predicted[row], test_labels, len(class_names)) for row in (baseline, best) if row
+    }
+    figures["confusion.png"] = plot_confusions(confusions, class_names)
+    augmented = find_best(summary, [row for row in comparison.rows if read_row(row)[1] and row != baseline]) or best
+    if augmented:
+        of_row = counts.get(read_row(augmented)[1])
+        grid = draw_gained_and_lost(comparison.test, predicted, baseline, augmented, of_row)
+        if grid:
+            write_png(comparison.root / "gained_lost.png", grid)
+
     # The files
     table = format_table(summary, baseline, seen)
     results = {"baseline": baseline, "seeds": comparison.seeds, "leaked_pictures": num_leaked, "rows": summary}
@@ -107,12 +123,27 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         ("results.json", json.dumps(results, indent=2).encode()),
         ("results.md", text.encode()),
         ("per_class.csv", format_classes(of_classes, counts, class_names, test_labels).encode()),
-        ("accuracy.png", plot_accuracies(summary, f"{recipe.model}, {comparison.seeds} seeds")),
+        *figures.items(),
     ):
         with atomic_file(comparison.root / name) as file:
             file.write(content)
     if launch.is_first_process():
         print(text)
+
+
+def find_best(summary: dict[str, dict[str, Any]], rows: Sequence[str]) -> str:
+    """Return the row with the highest accuracy, "" without rows."""
+    return max(rows, key=lambda row: float(summary[row]["top1_mean"]), default="")
+
+
+def format_progress(comparison: Comparison) -> str:
+    """Return a table in Markdown of the classifiers that are trained already; without verdicts, which need all."""
+    lines = ["| training | classifiers | top-1 so far (%) |", "|---|---|---|"]
+    for row in comparison.rows:
+        done = [job for job in comparison.jobs if job[0] == row and comparison.is_done(job)]
+        mean = f"{np.mean([comparison.read_top1(job) for job in done]):.1f}" if done else ""
+        lines.append(f"| {row} | {len(done)} of {comparison.seeds} | {mean} |")
+    return "\n".join(lines)
 
 
 def explain_gain(row: str, differences: np.ndarray, counts: np.ndarray, labels: np.ndarray) -> list[str]:
@@ -178,41 +209,26 @@ def format_table(summary: dict[str, dict[str, Any]], baseline: str, seen: dict[s
         seen: for each row how many real pictures the classifier and the generator saw, and how many augmented pictures
             the classifier chose from; the titles of these columns under the key "".
     """
-    lines = [["training", "top-1 (%)", "mean per class (%)", f"difference to {baseline}", "verdict", *seen[""]]]
+    to_baseline = f"difference to {baseline}"
+    lines = [["training", "top-1 (%)", to_baseline, "verdict", "mean per class (%)", "its difference", *seen[""]]]
     for row, entry in summary.items():
-        difference = f"{entry['difference']:+.2f}"
-        if entry["standard_error"] is not None:
-            difference += f" ± {entry['standard_error']:.2f}"
-        means = [
+        top1, per_class = (
             _with_deviation(entry[f"{name}_mean"], entry[f"{name}_standard_deviation"])
             for name in ("top1", "per_class")
-        ]
-        lines.append([row, *means, "" if row == baseline else difference, entry["verdict"], *seen[row]])
+        )
+        difference, of_classes = (
+            "" if row == baseline else _with_error(entry[f"{name}difference"], entry[f"{name}standard_error"])
+            for name in ("", "per_class_")
+        )
+        lines.append([row, top1, difference, entry["verdict"], per_class, of_classes, *seen[row]])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot_accuracies(summary: dict[str, dict[str, Any]], title: str) -> bytes:
-    """Return a PNG file: a dot for the top-1 accuracy of every seed, and a line at every row's mean."""
-    from matplotlib.figure import Figure
-
-    rows = list(summary)
-    figure = Figure(figsize=(7, 1.2 + 0.4 * len(rows)), layout="constrained")  # inches
-    axes = figure.add_subplot(xlabel="top-1 test accuracy (%)", title=title)
-    for place, row in enumerate(rows):
-        values = summary[row]["top1"]
-        heights = np.linspace(place - 0.2, place + 0.2, len(values))  # equal values do not hide each other
-        axes.plot(values, heights, "o", color="tab:blue", alpha=0.5)
-        mean = summary[row]["top1_mean"]
-        axes.plot([mean, mean], [place - 0.35, place + 0.35], color="tab:red", linewidth=2)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row at the top
-    axes.grid(axis="x", alpha=0.3)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
-    return content.getvalue()
+def _with_error(difference: float, error: float | None) -> str:
+    return f"{difference:+.2f}" if error is None else f"{difference:+.2f} ± {error:.2f}"
 
 
 def _with_deviation(mean: float, deviation: float | None) -> str:

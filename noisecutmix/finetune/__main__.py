@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import launch, script
+from .. import launch, log, script
 from ..classes import STABLE_DIFFUSION
 from ..cli import Parser, add_machine_flags, add_source_flags, as_name_or_path, as_number, as_path, as_text, check_model
 from ..errors import InputError, RunError, is_out_of_memory
@@ -65,8 +65,7 @@ def create_parser() -> Parser:
     add("--max_train_steps", type=as_number(COUNT), metavar="N", help=budget)
     batch = "pictures in a batch"
     add("--train_batch_size", type=as_number(RANGES["batch_size"]), default=8, metavar="N", help=batch + default)
-    batches = "batches in a training step"
-    add("--gradient_accumulation_steps", type=as_number(COUNT), default=1, metavar="N", help=batches + default)
+    add("--gradient_accumulation_steps", type=as_number(COUNT), default=1, metavar="N", help="batches a step" + default)
     add("--learning_rate", type=as_number(RATE), default=5e-5, metavar="LR", help="learning rate of the LoRA" + default)
     tokens = "learning rate of the class tokens"
     add("--token_learning_rate", type=as_number(RATE), default=5e-5, metavar="LR", help=tokens + default)
@@ -128,6 +127,7 @@ def main() -> None:
         "class_names": list(photos.class_names),
         "num_pictures": len(photos.files),
         **({"banner": photos.banner} if photos.banner else {}),
+        **({"reduced_decoding": True} if folder.reduces_decoding else {}),
         "pictures": check_pictures(photos, options.resolution, folder, listing),
         "model": fingerprint_model(model, prefers_half=dtype == "float16"),
     }
@@ -192,8 +192,7 @@ def train_and_draw(
 
     # Train and draw
     try:
-        (needs_training,) = broadcast_object_list([folder.checkpoint_steps < steps])
-        if needs_training:
+        if broadcast_object_list([folder.checkpoint_steps < steps])[0]:  # needs training
             train(options, recipe, photos, folder, description, accelerator, steps, drawing)
         if accelerator.is_main_process:
             accelerator.free_memory()
@@ -243,12 +242,12 @@ def train(
     )
 
     # The newest state
-    is_main = accelerator.is_main_process
-    first = 0
+    is_main, first = accelerator.is_main_process, 0
     state: dict[str, Any] = {}
     if is_main:
         folder.begin(description)
         first, state = folder.find_state()
+        log.cut(folder.log_file, first)
     (first,) = broadcast_object_list([first])
     if first:
         state = state or folder.read_state(first)
@@ -277,6 +276,8 @@ def train(
             loss, is_stopping = trainer.step(step, script.is_stopping())
             losses.append(float(f"{loss:.6g}"))
             done = step + 1
+            if is_main:
+                log.append(folder.log_file, step=done, loss=loss, **trainer.learning_rates())
 
             # A state and the checkpoint where they are due
             is_interval = done % options.checkpointing_steps == 0 or done % (options.preview_steps or steps) == 0

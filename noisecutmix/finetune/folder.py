@@ -18,7 +18,7 @@ from ..photos import Photos, check_photos
 from ..script import say
 from ..sources import fingerprint_files
 
-LATENTS_FILE = "latents.bin"
+LATENTS_FILE, LOG_FILE = "latents.bin", "log.csv"
 CHECKPOINT = (LORA_FILE, EMBEDDINGS_FILE, CLASSES_FILE)
 STATE = re.compile(r"state_(\d+)\.pt")
 STATES_KEPT = 2
@@ -31,8 +31,9 @@ class Recipe:
 
     `examples_per_class` is None for all pictures; `effective_batch` is the number of pictures in a step; `pictures` and
     `model` are fingerprints of the files; `max_train_steps` is None with a constant schedule, which does not depend on
-    it; `banner` is the height in pixels of what is cut from the bottom of each picture. The others are flags of the
-    same names.
+    it; `banner` is the height in pixels of what is cut from the bottom of each picture; with
+    `reduced_decoding` a JPEG file is decoded at a fraction of its size, at least twice the resolution, which earlier
+    versions did not. The others are flags of the same names.
     """
 
     meta_class: str
@@ -53,6 +54,7 @@ class Recipe:
     model: str
     max_train_steps: int | None = None
     banner: int = 0
+    reduced_decoding: bool = False
 
 
 class TrainingFolder:
@@ -74,7 +76,9 @@ class TrainingFolder:
 
     def __init__(self, root: Path):
         self.root = root
-        self.latents_file, self._record_file = root / LATENTS_FILE, root / FINETUNE_FILE
+        self.latents_file, self.log_file, self._record_file = (
+            root / name for name in (LATENTS_FILE, LOG_FILE, FINETUNE_FILE)
+        )
         self.record = self._read_record()
 
     def check_usable(self, options: dict[str, Any], max_train_steps: int, in_a_batch: int) -> None:
@@ -124,6 +128,11 @@ class TrainingFolder:
         """The folder as a --data_name, quoted for a shell."""
         name = self.root.as_posix()
         return shlex.quote(f"./{name}" if name in META_CLASSES else name)
+
+    @property
+    def reduces_decoding(self) -> bool:
+        """Whether large JPEG files are decoded at a fraction of their size: where no earlier version began the run."""
+        return bool(self.record["options"].get("reduced_decoding")) if self.record else True
 
     @property
     def checkpoint_steps(self) -> int:

@@ -8,7 +8,8 @@ import functools
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..photos import Photos, crop_square
 from ..plan import seed_sequence
 
 ENCODED_PIXELS = 2**20  # in one call of the VAE, four pictures of 512x512: more need more memory and are not faster
+READ_AHEAD = 64  # pictures, 3 MB each at 512x512
 CHECKSUM_BYTES = 4
 
 View = tuple[int, bool, float]  # index of the picture, whether it is mirrored, position of the crop
@@ -78,6 +80,7 @@ class PictureLatents:
         resolution: the side of the training pictures in pixels.
         random_flip: whether mirror images are encoded, too.
         random_crop: whether each sample has its own crop, which is encoded when the sample is used.
+        min_side: of a JPEG that is decoded at a fraction of its size, in pixels; None decodes all of it.
 
     Attributes:
         shape: shape of the latents of one picture, (channels, height, width).
@@ -92,6 +95,7 @@ class PictureLatents:
         resolution: int,
         random_flip: bool,
         random_crop: bool,
+        min_side: int | None = None,
     ):
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.shape = (vae.config.latent_channels, resolution // factor, resolution // factor)
@@ -99,7 +103,7 @@ class PictureLatents:
         self._photos = photos
         self._resolution = resolution
         self._flips = (False, True) if random_flip else (False,)
-        self._random_crop = random_crop
+        self._random_crop, self._min_side = random_crop, min_side
         self._accelerator = accelerator
         self._pool = ThreadPoolExecutor()
         self._reading: dict[View, Future[torch.Tensor]] = {}
@@ -160,24 +164,41 @@ class PictureLatents:
         own = blocks[self._accelerator.process_index :: self._accelerator.num_processes]
         count, is_main = sum(map(len, own)), self._accelerator.is_main_process
         bar = tqdm(total=count, desc="encoding pictures", unit="picture", disable=not is_main)
+
+        def is_encoded(block: range) -> bool:
+            content.seek(block.start * record_bytes)
+            records = [content.read(record_bytes) for _ in block]
+            return all(
+                record[row_bytes:] == _checksum(record[:row_bytes], picture, made_for)
+                for picture, record in zip(block, records)
+            )
+
         with open(file, "r+b") as content, bar:
-            for block in own:
+            missing = [block for block in own if not is_encoded(block)]
+            bar.update(count - sum(map(len, missing)))
+            for block, pictures in self._read_ahead(missing):
                 script.check_signals()
+                views = [(picture, is_flipped, 0.5) for picture in block for is_flipped in self._flips]
+                both = [pixels.flip(2) if is_flipped else pixels for pixels in pictures for is_flipped in self._flips]
+                encoded = self._encode(views, both).cpu().contiguous()
                 content.seek(block.start * record_bytes)
-                records = [content.read(record_bytes) for _ in block]
-                if not all(
-                    record[row_bytes:] == _checksum(record[:row_bytes], picture, made_for)
-                    for picture, record in zip(block, records)
-                ):
-                    views = [(picture, is_flipped, 0.5) for picture in block for is_flipped in self._flips]
-                    encoded = self._encode(views, list(self._pool.map(self._read, views))).cpu().contiguous()
-                    content.seek(block.start * record_bytes)
-                    for picture, row in zip(block, encoded.view(torch.uint8).reshape(len(block), row_bytes)):
-                        values = row.numpy().tobytes()
-                        content.write(values + _checksum(values, picture, made_for))
+                for picture, row in zip(block, encoded.view(torch.uint8).reshape(len(block), row_bytes)):
+                    values = row.numpy().tobytes()
+                    content.write(values + _checksum(values, picture, made_for))
                 bar.update(len(block))
             content.flush()
             os.fsync(content.fileno())
+
+    def _read_ahead(self, blocks: Sequence[range]) -> Iterator[tuple[range, list[torch.Tensor]]]:
+        """Yield each block with its pictures, which are read while the device encodes those of the blocks before."""
+        reading: deque[tuple[range, list[Future[torch.Tensor]]]] = deque()
+        for block in blocks:
+            reading.append((block, [self._pool.submit(self._read, (picture, False, 0.5)) for picture in block]))
+            if sum(len(block) for block, _ in reading) >= READ_AHEAD:
+                block, pictures = reading.popleft()
+                yield block, [picture.result() for picture in pictures]
+        for block, pictures in reading:
+            yield block, [picture.result() for picture in pictures]
 
     @torch.no_grad()
     def _encode(self, views: Sequence[View], pictures: list[torch.Tensor]) -> torch.Tensor:
@@ -197,7 +218,7 @@ class PictureLatents:
         """Return a picture (3, resolution, resolution) within -1 to 1."""
         picture, is_flipped, position = view
         try:
-            image = self._photos.open(picture)
+            image = self._photos.open(picture, self._min_side)
         except InputError as error:
             raise RunError(f"{error}; it could be read when this run began") from error
         image = crop_square(image, self._resolution, position)

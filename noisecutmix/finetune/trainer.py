@@ -163,6 +163,7 @@ class Trainer:
             resolution=recipe.resolution,
             random_flip=recipe.random_flip,
             random_crop=recipe.random_crop,
+            min_side=2 * recipe.resolution if recipe.reduced_decoding else None,
         )
 
     @property
@@ -198,6 +199,11 @@ class Trainer:
         if not math.isfinite(mean) or (self._accelerator.scaler is None and not math.isfinite(gradient)):
             raise self._not_finite(f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step + 1}")
         return mean, stopping > 0
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rates of the last step."""
+        lora, tokens = (float(group["lr"]) for group in self._optimizer.param_groups)
+        return {"learning_rate": lora, "token_learning_rate": tokens}
 
     def state(self) -> dict[str, Any]:
         """Return everything that training changes, for `load_state`. Raises NotFiniteError."""

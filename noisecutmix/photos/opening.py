@@ -38,6 +38,13 @@ def open_photo(file: Path, min_side: int | None = None) -> Image.Image:
         return _to_rgb(image)
 
 
+def read_size(file: Path) -> tuple[int, int]:
+    """Return width and height in pixels as the header of a file tells them. Raises InputError."""
+    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, PngImagePlugin.MAX_TEXT_MEMORY
+    with _naming(file), Image.open(file) as image:
+        return int(image.width), int(image.height)
+
+
 def crop_square(image: Image.Image, side: int, position: float = 0.5) -> Image.Image:
     """Scale the shorter side to `side` pixels and crop the longer one: `position` 0 keeps its start, 1 its end."""
     short = min(image.size)

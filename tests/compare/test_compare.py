@@ -11,12 +11,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import time
 import types
 
 import numpy as np
 import pytest
 import torch
+from comparing import NAMES, QUICK, classify, results_of, wait_for_results, write_augmented, write_colours
+from comparing import folder as folder
+from comparing import pictures as pictures
 from conftest import MAX_WAIT, as_command_line, command, offline_environment, write_photos
 from PIL import Image
 
@@ -24,74 +26,7 @@ from noisecutmix.compare.__main__ import create_parser, parse
 from noisecutmix.compare.report import explain_gain, may_have_seen_share
 from noisecutmix.compare.statistics import summarize
 from noisecutmix.errors import InputError, RunError
-from noisecutmix.folder import OutputFolder
 from noisecutmix.photos import find_photos, split_photos
-from noisecutmix.plan import Plan
-
-COLOURS = {"red kite": (160, 90, 90), "blue jay": (90, 90, 160), "grey heron": (125, 125, 125), "wren": (120, 80, 40)}
-NAMES = list(COLOURS)[:3]
-SIDE = 32
-QUICK = [
-    *("--model=test_byobnet", "--no_pretrained", "--image_size=32", "--epochs=8", "--batch_size=8", "--num_workers=0"),
-    *("--learning_rate=0.05", "--device=cpu", "--train_dir=train", "--test_dir=test", "--output_dir=out"),
-]
-
-
-def draw_colour(name, rng):
-    noise = rng.normal(0, 40, (SIDE, SIDE, 3))
-    return np.uint8(np.clip(noise + COLOURS[name], 0, 255))
-
-
-def write_colours(folder, count, seed):
-    rng = np.random.default_rng(seed)
-    for name in NAMES:
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            Image.fromarray(draw_colour(name, rng)).save(folder / name / f"{number}.png")
-
-
-def write_augmented(root, count=20, names=NAMES, wrong=(), complete=True):
-    """Write a data set as augmentation.py does: two classes' colours under a mask; items in `wrong` have other ones."""
-    plan, rng = Plan(0, len(names), 1.0, SIDE), np.random.default_rng(5)
-    folder = OutputFolder(root, plan, count, names, {"class_names": names})
-    folder.begin({"command": ["python", "augmentation.py"], "ckpt_path": "nowhere"})
-    for item in plan.items(count):
-        target, aug = names[item.target], names[item.aug]
-        if item.index in wrong:
-            target = aug = next(name for name in names if name not in (target, aug))
-        mask = np.array(item.mask())[:, :, None] > 0
-        folder.write(item, Image.fromarray(np.where(mask, draw_colour(target, rng), draw_colour(aug, rng))))
-    if complete:
-        folder.finish()
-    return root
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    write_colours(folder / "train", 8, seed=1)
-    write_colours(folder / "test", 10, seed=2)
-    write_augmented(folder / "aug")
-    return folder
-
-
-@pytest.fixture
-def folder(pictures, tmp_path):
-    """A working directory with train, test and aug."""
-    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-def classify(folder, *arguments):
-    """Run the script in this process, and return its results."""
-    with as_command_line("noisecutmix.compare", *QUICK, *arguments, folder=folder) as main:
-        main()
-    output_dir = next(flag for flag in reversed((*QUICK, *arguments)) if flag.startswith("--output_dir"))
-    return json.loads((folder / output_dir.partition("=")[2] / "results.json").read_text())
-
-
-def results_of(folder):
-    return {name: (folder / "out" / name).read_bytes() for name in ("results.json", "results.md", "accuracy.png")}
 
 
 def test_rows_are_compared_with_the_baseline_seed_by_seed(folder, capsys):
@@ -181,14 +116,6 @@ def test_rows_of_a_seed_differ_in_the_augmented_pictures_alone(folder):
     assert rows["ours"]["top1"] == rows["none"]["top1"] and rows["cutmix+ours"]["top1"] == rows["cutmix"]["top1"]
     ours, none = (np.load(folder / "out" / "results" / f"predictions_{row}_seed0.npy") for row in ("ours", "none"))
     assert np.array_equal(ours, none) and ours.shape == (30, 3) and ours.dtype == np.float16
-
-
-def wait_for_results(folder, number, process):
-    end = time.monotonic() + MAX_WAIT
-    while len(list((folder / "out").glob("results/[!.]*"))) < number:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -532,7 +459,7 @@ def test_a_share_of_the_batches_is_mixed(folder):
 
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
 def test_mixed_labels_have_the_shares_of_the_pictures(mix):
-    from noisecutmix.compare.classifier import mix_batch
+    from noisecutmix.compare.items import mix_batch
 
     classes = torch.arange(6)
     pictures = torch.nn.functional.one_hot(classes, 6).float()[:, :, None, None].expand(6, 6, 16, 16)

@@ -73,6 +73,7 @@ def test_the_folder_records_the_training(trained, tiny_model):
         EMBEDDINGS,
         "classes.json",
         "finetune.json",
+        "log.csv",
         "preview.png",
         "state_00000008.pt",
         "state_00000012.pt",
@@ -83,6 +84,9 @@ def test_the_folder_records_the_training(trained, tiny_model):
     assert len(record["losses"]) == STEPS and all(0 < loss < 10 for loss in record["losses"])
     assert {"torch", "diffusers", "peft"} <= record["versions"].keys()
     assert record["options"]["class_names"] == SORTED_NAMES
+    log = np.loadtxt(trained / "log.csv", delimiter=",", skiprows=1)
+    assert log[:, 0].tolist() == list(range(1, STEPS + 1)) and log[:, 1].tolist() == record["losses"]
+    assert (log[:, 2:] == 1e-3).all() and (trained / "log.csv").read_text().startswith("step,loss,learning_rate,")
 
 
 def test_the_preview_shows_each_class_three_times(trained, photos):

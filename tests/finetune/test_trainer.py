@@ -19,7 +19,7 @@ from finetuning import (
     finetune,
     weights_of,
 )
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from noisecutmix.errors import RunError
 from noisecutmix.finetune.samples import plan_sample
@@ -210,6 +210,36 @@ def test_mirror_images_are_encoded(tiny_model, photos, tmp_path):
     assert torch.allclose(trainer.latents._encoded[5, 1, 1], posterior.std[0], atol=1e-5)
 
 
+def test_large_photos_are_decoded_once_and_at_a_fraction(tmp_path, flags, monkeypatch):
+    """A folder that an earlier version began goes on with whole ones; what is encoded hardly differs."""
+    for number in range(6):
+        colours = np.random.default_rng(number).integers(0, 255, (20, 26, 3), dtype=np.uint8)
+        (tmp_path / "large" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(colours).resize((260, 200), Image.Resampling.BICUBIC)
+        picture.save(tmp_path / "large" / "ab"[number % 2] / f"{number}.jpg", quality=95)
+    sizes = []
+
+    def open_and_count(file, min_side):
+        sizes.append((photo := open_photo(file, min_side)).size)
+        return photo
+
+    monkeypatch.setattr("noisecutmix.photos.listing.open_photo", open_and_count)
+    flags = [*flags, f"--data_dir={tmp_path / 'large'}", "--max_train_steps=2"]
+    finetune(tmp_path, *flags)
+    assert sizes[:6] == [(65, 50)] * 6  # a quarter, at least twice 16 pixels; the preview opens more
+    record_file = tmp_path / "out" / "finetune.json"
+    record = json.loads(record_file.read_text())
+    assert record["options"].pop("reduced_decoding") is True
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()
+    record_file.write_text(json.dumps({**record, "steps": 0, "losses": []}))
+    sizes.clear()
+    finetune(tmp_path, *flags)
+    assert sizes[:6] == [(260, 200)] * 6
+    losses = json.loads(record_file.read_text())["losses"]
+    assert losses != record["losses"] and losses == pytest.approx(record["losses"], rel=1e-3)
+
+
 @pytest.mark.parametrize("random_crop", [False, True])
 def test_few_pictures_are_encoded_at_once(tiny_model, photos, tmp_path, random_crop):
     """No more than four of 512x512, whatever the batch, so that encoding needs less memory than training."""
@@ -224,7 +254,9 @@ def test_few_pictures_are_encoded_at_once(tiny_model, photos, tmp_path, random_c
 
 def test_random_crops_are_read_while_the_batch_before_is_trained(tiny_model, photos, monkeypatch):
     opened = []
-    monkeypatch.setattr("noisecutmix.photos.listing.open_photo", lambda file: opened.append(file) or open_photo(file))
+    monkeypatch.setattr(
+        "noisecutmix.photos.listing.open_photo", lambda file, _: opened.append(file) or open_photo(file)
+    )
     trainer = create_trainer(tiny_model, photos, random_crop=True, batch_size=2, accumulated=2)
     for step in range(3):
         trainer.step(step)

@@ -1,0 +1,28 @@
+"""A log of a training: a CSV file with a line for each step, to be plotted while it runs."""
+
+from pathlib import Path
+from typing import Any
+
+from .files import atomic_file
+
+
+def append(file: Path, **values: Any) -> None:
+    """Append a line to a CSV file, whose first line has the names of the values."""
+    file.parent.mkdir(exist_ok=True)
+    with open(file, "a", encoding="utf-8", newline="") as log:
+        if not log.tell():
+            log.write(",".join(values) + "\n")
+        cells = (f"{value:.6g}" if isinstance(value, float) else str(value) for value in values.values())
+        log.write(",".join(cells) + "\n")
+
+
+def cut(file: Path, steps: int) -> None:
+    """Remove the lines of a log that come after so many steps, since these are taken again."""
+    if not file.exists():
+        return
+    title, *lines = file.read_bytes().splitlines(keepends=True) or [b""]
+    numbers = (line.partition(b",")[0] for line in lines)
+    kept = [line for line, number in zip(lines, numbers) if number.isdigit() and int(number) <= steps]
+    with atomic_file(file) as log:
+        log.write(title if kept else b"")
+        log.writelines(kept)
