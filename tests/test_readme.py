@@ -17,7 +17,13 @@ from PIL import Image
 
 from noisecutmix.cli import create_augmentation_parser, create_generation_parser
 
-FILES = ("README.md", "noisecutmix/finetune/README.md", "noisecutmix/compare/README.md", "tests/README.md")
+FILES = (
+    "README.md",
+    "noisecutmix/README.md",
+    "noisecutmix/finetune/README.md",
+    "noisecutmix/compare/README.md",
+    "tests/README.md",
+)
 TEXTS = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
 README = TEXTS["README.md"]
 BLOCK = re.compile(r"^```(\w+(?: \w+)?)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -21,9 +21,9 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader
 
 from .. import script
-from ..datasets import MixedDataset
 from ..errors import InputError, RunError, first_line, is_out_of_memory
 from ..files import atomic_file
+from ..mixed import MixedDataset
 from ..photos import Photos
 from ..plan import seed_sequence
 from .items import (

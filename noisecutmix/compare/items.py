@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..datasets import AugmentedDataset, MixedDataset
+from ..datasets import AugmentedDataset
+from ..mixed import MixedDataset
 from ..photos import Photos
 from ..plan import area_ratio, sample_cutmix_box, seed_sequence
 
