@@ -70,7 +70,7 @@ def load_pipeline(
         embeddings, name2placeholder = _read_embeddings(embeddings_file)
         lora, settings = read_lora(lora_file, settings_file)
         pipe = load_base_model(str(model), prefers_half=dtype == torch.float16)
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, final_sigmas_type="sigma_min")
+        pipe.scheduler = _create_sampler(pipe.scheduler)
         _add_tokens(pipe, embeddings, embeddings_file)
         fuse_lora(pipe.unet, lora, settings, lora_file)
         pipe.to(device, dtype)
@@ -90,8 +90,9 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
         InputError: the model cannot be read, or is not a plain Stable Diffusion model (but SDXL or inpainting, say).
     """
     folder, variant, _ = find_model(model, prefers_half)
+    scheduler = _load_scheduler(model, folder)
     try:
-        parts = {part: _load_part(folder, part, variant) for part in WITH_WEIGHTS}
+        parts = {"scheduler": scheduler, **{part: _load_part(folder, part, variant) for part in WITH_WEIGHTS}}
         pipe: NoiseCutMixPipeline = NoiseCutMixPipeline.from_pretrained(
             folder, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
@@ -109,11 +110,32 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
         or any(map(unet.get, others))
     ):
         raise InputError(f"{model} is not a plain Stable Diffusion model, such as 1.5 or 2.1", "model")
-    _check_scheduler(model, pipe.scheduler)
     # without it, a tokenizer would pad captions to no length or to any
     positions = pipe.text_encoder.config.max_position_embeddings
     pipe.tokenizer.model_max_length = min(pipe.tokenizer.model_max_length, positions)
     return pipe
+
+
+def load_sampler(model: str, dtype: torch.dtype | str | None, device: str) -> DPMSolverMultistepScheduler:
+    """Return the scheduler that `load_pipeline` gives a model, without its weights. Raises InputError."""
+    prefers_half = (default_dtype(device) if dtype is None else dtype) in ("float16", torch.float16)
+    with quiet_libraries():
+        return _create_sampler(_load_scheduler(model, find_model(model, prefers_half)[0]))
+
+
+def _create_sampler(scheduler: Any) -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, final_sigmas_type="sigma_min")
+
+
+def _load_scheduler(model: str, folder: Path) -> Any:
+    """Return a model's own scheduler. Raises InputError."""
+    try:
+        _, name = NoiseCutMixPipeline.load_config(folder).get("scheduler") or ("", "")
+        scheduler = getattr(diffusers, str(name)).from_pretrained(folder / "scheduler")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{model} cannot be loaded: {first_line(error)}", "model") from error
+    _check_scheduler(model, scheduler)
+    return scheduler
 
 
 def _check_scheduler(model: str, scheduler: Any) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .checkpoint import load_pipeline
+from .checkpoint import load_pipeline, load_sampler
 from .classes import DEFAULT_PROMPT, Classes, check_prompt, find_placeholders, find_repeated, load_classes
 from .errors import InputError, RunError, first_line, is_out_of_memory
+from .pipeline import check_schedule
 from .plan import Item, Plan
 from .quiet import quiet_libraries
 from .ranges import RANGES, Range, check_resolution
@@ -82,7 +83,9 @@ class NoiseCutMixGenerator:
         if ckpt_path is None:
             raise InputError("a data set of your own needs the folder of its Diff-Mix checkpoint", "ckpt_path")
 
-        self.pipe = load_pipeline(str(classes.model if model is None else model), ckpt_path, device, dtype)
+        model = str(classes.model if model is None else model)
+        check_schedule(load_sampler(model, dtype, str(device)), num_inference_steps)  # before the weights are loaded
+        self.pipe = load_pipeline(model, ckpt_path, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         check_resolution(self.plan.resolution, self.pipe.vae_scale_factor)
         self.pipe.check_steps(num_inference_steps, guidance_scale, guidance_interval)

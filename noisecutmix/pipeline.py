@@ -220,32 +220,9 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         self, num_inference_steps: int, guidance_scale: float, guidance_interval: tuple[float, float]
     ) -> None:
         """Raise an InputError if the arguments of `__call__` that describe the denoising steps are wrong."""
-        schedule, most = self.scheduler.config, self.scheduler.config.num_train_timesteps
-        if isinstance(self.scheduler, DPMSolverMultistepScheduler):  # divides by differences of noise levels
-            most -= 1 + (schedule.timestep_spacing == "leading") * schedule.steps_offset  # more would repeat a level
-        Range(int, 1, most).check("num_inference_steps", num_inference_steps)
-        if isinstance(self.scheduler, DPMSolverMultistepScheduler):
-            self._check_schedule(num_inference_steps)
+        check_schedule(self.scheduler, num_inference_steps)
         RANGES["guidance_scale"].check("guidance_scale", guidance_scale)
         check_guidance_interval(*guidance_interval)
-
-    def _check_schedule(self, num_inference_steps: int) -> None:
-        """Raise an InputError if diffusers (0.42.1) makes another number of steps, or divides by zero."""
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
-        if len(scheduler.timesteps) != num_inference_steps:  # with timestep_spacing "trailing"
-            spacing = scheduler.config.timestep_spacing
-            raise InputError(
-                f"{num_inference_steps} steps are {len(scheduler.timesteps)} with the model's timestep_spacing "
-                f"{spacing!r}; take another number",
-                "num_inference_steps",
-            )
-        if scheduler.config.solver_order > 2 and (scheduler.sigmas.diff() == 0).any():  # Karras' end at sigma_min twice
-            raise InputError(
-                "the model's scheduler has solver_order 3 and sigmas that repeat; set solver_order to 2 in "
-                "scheduler/scheduler_config.json",
-                "model",
-            )
 
     @property
     def mask_processor(self) -> VaeImageProcessor:
@@ -297,3 +274,25 @@ def _to_mask_picture(mask: Mask, height: int, width: int) -> Image.Image:
     if not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(f"`mask` has to lie within 0 to 1 but reaches from {values.min()} to {values.max()}.")
     return Image.fromarray(np.uint8(np.round(values * 255)))
+
+
+def check_schedule(scheduler: Any, num_inference_steps: int) -> None:
+    """Raise an InputError if there are not so many steps, or diffusers 0.42.1 makes others, or divides by zero."""
+    settings, most = scheduler.config, scheduler.config.num_train_timesteps
+    is_dpm_solver = isinstance(scheduler, DPMSolverMultistepScheduler)
+    if is_dpm_solver:  # divides by differences of noise levels
+        most -= 1 + (settings.timestep_spacing == "leading") * settings.steps_offset  # more would repeat a level
+    Range(int, 1, most).check("num_inference_steps", num_inference_steps)
+    if not is_dpm_solver:
+        return
+    scheduler = type(scheduler).from_config(settings)
+    scheduler.set_timesteps(num_inference_steps)
+    if (made := len(scheduler.timesteps)) != num_inference_steps:  # with timestep_spacing "trailing"
+        reason = f"{num_inference_steps} steps are {made} with the model's timestep_spacing"
+        raise InputError(f"{reason} {settings.timestep_spacing!r}; take another number", "num_inference_steps")
+    if settings.solver_order > 2 and (scheduler.sigmas.diff() == 0).any():  # Karras' end at sigma_min twice
+        raise InputError(
+            "the model's scheduler has solver_order 3 and sigmas that repeat; set solver_order to 2 in "
+            "scheduler/scheduler_config.json",
+            "model",
+        )

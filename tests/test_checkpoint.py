@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
+from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.checkpoint import load_pipeline
 from noisecutmix.classes import find_placeholders, load_classes
 from noisecutmix.errors import InputError
@@ -493,7 +494,7 @@ def test_a_tokenizer_pads_to_the_positions_of_the_text_encoder(tiny_model, tiny_
     assert pipe.encode_prompt("a photo", "cpu", 1, False)[0].shape[1] == positions
 
 
-def test_schedules_that_diffusers_cannot_make_are_refused(tiny_model, tiny_checkpoint, tmp_path):
+def test_schedules_that_diffusers_cannot_make_are_refused(tiny_model, tiny_checkpoint, tiny_data, tmp_path):
     """With "trailing" spacing, diffusers 0.42.1 makes one timestep more for 62 numbers of steps."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     settings = model / "scheduler" / "scheduler_config.json"
@@ -514,6 +515,15 @@ def test_schedules_that_diffusers_cannot_make_are_refused(tiny_model, tiny_check
     pipe = load_pipeline(str(model), tiny_checkpoint, "cpu")
     with pytest.raises(InputError, match=r"model: .*solver_order 3"):
         pipe.check_steps(20, 7.5, (0.0, 1.0))
+    for part in ("unet", "vae", "text_encoder"):  # refused before any weight is read
+        for file in (model / part).glob("*.safetensors"):
+            shutil.copy(file, tmp_path / f"{part}.safetensors")
+            file.write_bytes(b"not read")
+    with pytest.raises(InputError, match=r"model: .*solver_order 3"):
+        NoiseCutMixGenerator("cpu", str(tiny_data), ckpt_path=tiny_checkpoint, model=model, num_inference_steps=20)
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (model / part).glob("*.safetensors")
+        shutil.copy(tmp_path / f"{part}.safetensors", file)
     edit_json(settings, solver_order=2)
     load_pipeline(str(model), tiny_checkpoint, "cpu").check_steps(20, 7.5, (0.0, 1.0))
 
