@@ -14,7 +14,7 @@ from ..files import atomic_file
 from ..photos import Photos, read_size
 
 MIN_RATIO = 1.5  # of a photo's shorter side to its copy's: smaller photos are used as they are
-JPEG_OPTIONS = {"quality": 95, "subsampling": "4:4:4"}  # colours as fine as brightness
+JPEG_OPTIONS = {"quality": 95, "subsampling": "4:2:0"}
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
