@@ -203,3 +203,17 @@ def test_messages_during_a_run_name_parameters(monkeypatch):
 
     message = fail_with(RuntimeError("CUDA out of memory."))
     assert "resolution" in message and "dtype=float16" in message and "--" not in message
+
+
+def test_a_class_alone_costs_two_evaluations_a_step_in_place_of_three(tiny_model, tiny_checkpoint, tiny_data):
+    """As in fine-tuning's previews and with --single_class: one prompt beside the empty one."""
+    counts = {}
+    for single_class in (False, True):
+        plan = Plan(0, 3, 1.0, 16, single_class=single_class)
+        options = {"ckpt_path": tiny_checkpoint, "model": tiny_model, "num_inference_steps": 4, "plan": plan}
+        generator = NoiseCutMixGenerator("cpu", str(tiny_data), **options)
+        evaluated = []
+        generator.pipe.unet.register_forward_pre_hook(lambda _, inputs: evaluated.append(len(inputs[0])))
+        generator.draw(list(plan.items(2)))
+        counts[single_class] = sum(evaluated)
+    assert counts == {False: 2 * 3 * 4, True: 2 * 2 * 4}

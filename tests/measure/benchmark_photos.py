@@ -3,7 +3,7 @@
 uv run --all-extras --group dev tests/measure/benchmark_photos.py --before=/path/to/an/earlier/checkout
 
 Photos are drawn with the spectrum of natural pictures (amplitudes that fall with the frequency) and saved as a camera
-does. Every number is the median of several runs, which alternate. Each run is a process of its own.
+does. The runs alternate, and medians are shown. Each run is a process of its own.
 """
 
 import argparse
@@ -22,34 +22,38 @@ from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {"12 megapixels": (4000, 3000, 48), "500x375": (500, 375, 192)}  # width, height, number of photos
-WORKERS, PASSES, CLASSES = 2, 3, 4
+SIZES = {"12 megapixels": (4000, 3000, 160), "500x375": (500, 375, 640)}  # width, height, number of photos
+WORKERS, PASSES, CLASSES, TIMED = 2, 3, 4, 48
 TRANSFORM = (
     "from timm.data import create_transform; transform = create_transform((3, 224, 224), is_training=True, "
     "scale=(0.08, 1.0), hflip=0.5, color_jitter=0.4)"
 )
-LOADER = "loader = torch.utils.data.DataLoader(items, 8, num_workers={workers}, generator=torch.Generator())"
-# each defines `loader`, whose passes are timed
+# each defines `loader`, which gives the pictures of several passes or of one
 OURS = f"""{TRANSFORM}
 from pathlib import Path
-from noisecutmix.compare.items import RealPictures
+from noisecutmix.compare import items
 from noisecutmix.photos import find_photos
+items.KEPT_PIXELS = 0  # in a large set, hardly any picture is kept
 photos = find_photos(Path({{photos!r}}))
 {{reduce}}
-items = RealPictures(photos, transform)
-{LOADER}"""
+pictures = items.RealPictures(photos, transform, {{passes}})
+batches = items.draw_batches(len(photos.files), {{passes}}, 8, 0)
+loader = [torch.utils.data.DataLoader(pictures, batch_sampler=batches, num_workers={{workers}})]"""
 REDUCE = """from noisecutmix.compare.copies import reduce_photos
 photos = reduce_photos(photos, [str(i) for i in range(len(photos.files))], Path({copies!r}), 792)"""
 TIMM = """from timm.data import create_dataset, create_loader
-loader = create_loader(create_dataset("", {photos!r}, is_training=True), (3, 224, 224), 8, is_training=True,
-    scale=(0.08, 1.0), hflip=0.5, color_jitter=0.4, use_prefetcher=False, num_workers={workers})"""
+loader = {passes} * [create_loader(create_dataset("", {photos!r}, is_training=True), (3, 224, 224), 8, is_training=True,
+    scale=(0.08, 1.0), hflip=0.5, color_jitter=0.4, use_prefetcher=False, num_workers={workers})]"""
 TIME = """
-seconds = []
-for _ in range({passes}):
-    start = time.perf_counter()
-    count = sum(len(pictures) for pictures, _ in loader)
-    seconds.append((time.perf_counter() - start) / count)
-print(1000 * min(seconds[1:]))"""
+import itertools
+batches = iter(itertools.chain.from_iterable(loader))
+first = {first}
+while first > 0:  # the first pass
+    first -= len(next(batches)[0])
+start, count = time.perf_counter(), 0
+while count < {timed}:
+    count += len(next(batches)[0])
+print(1000 * (time.perf_counter() - start) / count)"""
 
 
 def draw_photo(width: int, height: int, rng: np.random.Generator) -> Image.Image:
@@ -88,9 +92,10 @@ def run(root: Path, *arguments: str) -> tuple[str, float, float]:
 
 
 def time_reading(root: Path, code: str, **values: str) -> float:
-    """Return milliseconds per picture of the fastest pass after the first one."""
+    """Return milliseconds per picture after the first pass."""
     code = ("import time; import torch\n" + code + TIME).replace("{reduce}", values.pop("reduce", ""))
-    for name, value in {"workers": WORKERS, "passes": PASSES, **values}.items():
+    first = len(list(Path(values["photos"]).rglob("*.jpg")))
+    for name, value in {"workers": WORKERS, "passes": PASSES, "first": first, "timed": 2 * TIMED, **values}.items():
         code = code.replace(f"{{{name}!r}}", repr(value)).replace(f"{{{name}}}", str(value))
     return float(run(root, "-c", code)[0])
 
@@ -99,7 +104,7 @@ def time_comparison(root: Path, photos: Path, output_dir: Path, *more: str) -> t
     """Return the seconds of a comparison of three rows, two seeds and five epochs, and its results."""
     flags = [f"--train_dir={photos / 'train'}", f"--test_dir={photos / 'test'}", f"--output_dir={output_dir}"]
     flags += ["--rows", "none", "cutmix", "mixup", "--seeds=2", "--epochs=5", f"--num_workers={WORKERS}"]
-    flags += ["--model=test_byobnet", "--no_pretrained", "--image_size=224", "--batch_size=8", "--device=cpu"]
+    flags += ["--model=test_vit", "--no_pretrained", "--image_size=224", "--batch_size=8", "--device=cpu"]
     _, seconds, _ = run(root, "-m", "noisecutmix.compare", *flags, *more)
     return seconds, json.loads((output_dir / "results.json").read_text())["rows"]
 
@@ -107,7 +112,8 @@ def time_comparison(root: Path, photos: Path, output_dir: Path, *more: str) -> t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="checkout of an earlier version")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each median")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each median of the reading")
+    parser.add_argument("--comparisons", type=int, default=1, help="runs of each median of the comparison")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
@@ -117,15 +123,16 @@ def main() -> None:
         train, copies = str(photos / "train"), str(folder / "copies")
         reading: dict[str, list[float]] = {"before": [], "now": [], "timm": []}
         whole: dict[str, list[float]] = {"before": [], "now": []}
-        for number in range(options.runs):
+        for _ in range(options.runs):
             reading["before"].append(time_reading(options.before, OURS, photos=train))
             reading["now"].append(time_reading(ROOT, OURS, photos=train, reduce=REDUCE, copies=copies))
             reading["timm"].append(time_reading(ROOT, TIMM, photos=train))
+        for number in range(options.comparisons):
             for version, root in (("before", options.before), ("now", ROOT)):
                 whole[version].append(time_comparison(root, photos, folder / f"{version} {name} {number}")[0])
         medians = {version: statistics.median(values) for version, values in reading.items()}
         seconds = {version: statistics.median(values) for version, values in whole.items()}
-        print(f"\n{name}, {WORKERS} processes that read; medians of {options.runs}")
+        print(f"\n{name}, {SIZES[name][2]} photos, {WORKERS} processes that read")
         print("| | before | now | timm |\n|---|---|---|---|")
         print("| ms per picture after the first pass |", " | ".join(f"{ms:.1f}" for ms in medians.values()), "|")
         print(f"| seconds of the comparison | {seconds['before']:.1f} | {seconds['now']:.1f} | |")
