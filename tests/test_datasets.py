@@ -534,6 +534,16 @@ def test_the_classes_of_a_hugging_face_data_set_are_its_class_label(folder):
     assert MixedDataset(real, AugmentedDataset(folder), 0.0).class_names == SORTED
 
 
+def test_a_transform_that_is_set_reaches_both_data_sets(folder, tmp_path):
+    """As timm's create_loader sets it; through Subset and ConcatDataset, or not at all."""
+    real, augmented = ImageFolder(image_folder(tmp_path)), AugmentedDataset(folder)
+    mixed = MixedDataset(Subset(real, range(len(real))), ConcatDataset([augmented, augmented]), 0.5)
+    mixed.transform = to_tensor
+    assert real.transform is augmented.transform is mixed.transform is to_tensor
+    with pytest.raises(InputError, match="Constant has no transform"):
+        MixedDataset(Constant(0, 4), Constant(1, 4), 0.5).transform = to_tensor
+
+
 def test_streams_of_seeds_do_not_meet():
     """numpy reads a number of 2**32 and above as two, so item 0 of the first seed was item 3 of the second."""
     high = 3 * 2**32 + 5
