@@ -23,12 +23,12 @@ from noisecutmix.photos import find_photos
 LARGE = [*QUICK, "--crop_scale=0.2", "--rows", "none", "--baseline=none", "--seeds=3", "--epochs=3"]
 
 
-def enlarge_photos(folder, suffix="jpg"):
-    """Replace the photos of 32 pixels by such of 320."""
+def enlarge_photos(folder, suffix="jpg", size=(400, 320)):
+    """Replace the photos of 32 pixels by larger ones."""
     for part in ("train", "test"):
         for file in sorted((folder / part).rglob("*.png")):
             with Image.open(file) as image:
-                image.resize((400, 320), Image.Resampling.BICUBIC).save(file.with_suffix(f".{suffix}"), quality=95)
+                image.resize(size, Image.Resampling.BICUBIC).save(file.with_suffix(f".{suffix}"), quality=95)
             if suffix != "png":
                 file.unlink()
 
@@ -104,6 +104,26 @@ def test_a_comparison_that_began_without_copies_continues_without(folder, count_
     count_decodings.clear()
     assert classify(folder, *LARGE)["rows"].keys() == first["rows"].keys()
     assert len(count_decodings) > 54 and not (folder / "out" / "copies").exists()
+
+
+@pytest.mark.slow
+def test_a_kill_amid_the_copies_changes_no_result(folder, start):
+    """Two processes continue, and share what is left."""
+    enlarge_photos(folder, size=(2000, 1600))
+    with as_command_line("noisecutmix.compare", *LARGE, "--output_dir=whole", folder=folder) as main:
+        main()
+    process, copies = start(command("noisecutmix.compare", *LARGE)), folder / "out" / "copies"
+    end = time.monotonic() + MAX_WAIT
+    while not copies.exists() or len(list(copies.iterdir())) < 5:
+        assert process.poll() is None and time.monotonic() < end
+    process.kill()
+    process.communicate()
+    assert not list((folder / "out" / "results").iterdir())
+    two = [start(command("noisecutmix.compare", *LARGE)) for _ in range(2)]
+    outputs = [process.communicate(timeout=MAX_WAIT) for process in two]
+    assert [process.returncode for process in two] == [0, 0], outputs
+    results = [(folder / name / "results.json").read_bytes() for name in ("out", "whole")]
+    assert results[0] == results[1] and not copies.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])])
