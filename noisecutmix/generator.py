@@ -18,6 +18,7 @@ from .plan import Item, Plan
 from .quiet import quiet_libraries
 from .ranges import RANGES, Range, check_resolution
 from .script import say
+from .sources import find_checkpoint_files
 
 Labels = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -84,6 +85,7 @@ class NoiseCutMixGenerator:
             raise InputError("a data set of your own needs the folder of its Diff-Mix checkpoint", "ckpt_path")
 
         model = str(classes.model if model is None else model)
+        find_checkpoint_files(Path(ckpt_path))  # before a model is downloaded
         check_schedule(load_sampler(model, dtype, str(device)), num_inference_steps)  # before the weights are loaded
         self.pipe = load_pipeline(model, ckpt_path, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)

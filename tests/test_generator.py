@@ -213,7 +213,12 @@ def test_a_class_alone_costs_two_evaluations_a_step_in_place_of_three(tiny_model
         options = {"ckpt_path": tiny_checkpoint, "model": tiny_model, "num_inference_steps": 4, "plan": plan}
         generator = NoiseCutMixGenerator("cpu", str(tiny_data), **options)
         evaluated = []
-        generator.pipe.unet.register_forward_pre_hook(lambda _, inputs: evaluated.append(len(inputs[0])))
+        generator.pipe.unet.register_forward_pre_hook(lambda _, inputs, seen=evaluated: seen.append(len(inputs[0])))
         generator.draw(list(plan.items(2)))
         counts[single_class] = sum(evaluated)
     assert counts == {False: 2 * 3 * 4, True: 2 * 2 * 4}
+
+
+def test_a_missing_checkpoint_is_named_before_a_model_is_downloaded(tmp_path):
+    with pytest.raises(InputError, match=r"ckpt_path: .* has no pytorch_lora_weights"):
+        NoiseCutMixGenerator("cpu", "cub", ckpt_path=tmp_path, model="nobody/nothing")

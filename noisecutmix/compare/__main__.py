@@ -17,10 +17,10 @@ from pathlib import Path
 from .. import launch, script
 from ..cli import Parser, add_machine_flags, add_source_flags, as_number, as_path, as_text
 from ..errors import InputError, RunError, is_out_of_memory
-from ..files import check_writable
+from ..files import check_writable, read_record
 from ..photos import Source, check_photos, find_archive
 from ..ranges import RANGES, Range
-from .comparison import Comparison
+from .comparison import OPTIONS_FILE, Comparison
 from .recipe import MIXES, Recipe, diffmix_flags
 from .sets import digest, hash_pictures, load_photos, open_set, read_set
 
@@ -147,7 +147,8 @@ def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namesp
     for option, folder in folders.items():
         if folder in (output_dir, *output_dir.parents):
             raise InputError(f"{output_dir} lies in --{option}, where each folder is a class", "output_dir")
-    check_writable(options.output_dir)
+    if not options.report:
+        check_writable(options.output_dir)
     for library in ("timm", "matplotlib", "scipy"):
         if importlib.util.find_spec(library) is None:
             raise InputError(
@@ -173,8 +174,14 @@ def main() -> None:
     records = {name: read_set(folder, train) for name, folder in options.augmented.items()}
     train_hashes, test_hashes = hash_pictures(train.files), hash_pictures(test.files)
     num_leaked = len(set(train_hashes) & set(test_hashes))
-    device = script.choose_device(options.device)
-    dtype = launch.choose_training_dtype(device, options.dtype)
+    if options.report:  # of a comparison that may run on another device
+        record = read_record(options.output_dir / OPTIONS_FILE, "output_dir", options=dict)
+        if record is None:
+            raise InputError(f"{options.output_dir} holds no comparison yet", "output_dir")
+        device, dtype = "cpu", record["options"].get("dtype")
+    else:
+        device = script.choose_device(options.device)
+        dtype = launch.choose_training_dtype(device, options.dtype)
     script.say("loading the libraries")
     sets = {name: open_set(options.augmented[name], train, record) for name, record in records.items()}
 
@@ -210,8 +217,7 @@ def main() -> None:
     )
 
     if options.report:
-        if comparison.check_usable():
-            raise InputError(f"{options.output_dir} holds no comparison yet", "output_dir")
+        comparison.check_usable()
         from .report import format_progress
 
         print(format_progress(comparison))

@@ -115,7 +115,7 @@ class Classifier:
     ) -> None:
         """Train. Order, crops and flips are the same for every `augmented` and `mix`.
 
-        The state of the training is written every ten minutes and at a signal; a training that has one continues.
+        The state is written every ten minutes, at a signal and at the end; a training that has one continues.
 
         Args:
             photos: the real pictures.
@@ -176,10 +176,12 @@ class Classifier:
                 if not math.isfinite(value):
                     raise RunError(f"the loss of step {step + 1} is not finite; {NOT_FINITE}")
                 after_step(step + 1, value, optimizer.param_groups[0]["lr"])
-                if script.is_stopping() or time.monotonic() - written > STATE_SECONDS:
+                is_due = step + 1 == steps or time.monotonic() - written > STATE_SECONDS
+                if script.is_stopping() or is_due:
                     _write_state(state_file, step + 1, parts, mix_rng)
                     written = time.monotonic()
                 script.check_signals()
+        script.check_signals()  # of one that came after the last step
 
     @torch.no_grad()
     def predict(self, items: Callable[[Any], Any]) -> np.ndarray:

@@ -5,7 +5,6 @@ has finished or begun, and a finished job is a file that appears whole.
 """
 
 import contextlib
-import csv
 import functools
 import io
 import json
@@ -22,7 +21,7 @@ from ..files import atomic_file, check_same, create_file, describe_program, read
 from ..photos import Photos
 from .copies import reduce_photos
 from .recipe import Recipe, read_row
-from .sets import AugmentedSet
+from .sets import AugmentedSet, write_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +135,7 @@ class Comparison:
         self.check_usable()
         (self.root / "results").mkdir(exist_ok=True)
         if not (self.root / TEST_PICTURES_FILE).exists():
-            self._write_test_pictures()
+            write_table(self.root / TEST_PICTURES_FILE, self.test)
 
         # Decode large photos once, unless an earlier version began the comparison with whole ones
         if self.dependencies.get("reduced_photos"):
@@ -162,11 +161,14 @@ class Comparison:
 
     def clear(self) -> None:
         """Delete what is needed only until all classifiers are trained and reported."""
-        for left in (self.root / "results").glob(".*.tmp"):  # of killed processes, or of one that is too late
-            with contextlib.suppress(OSError):
-                left.unlink()
-        shutil.rmtree(self.root / "states", ignore_errors=True)
-        if not self.keeps_copies:  # a process that still needs one makes it again in memory
+        for job in self.jobs:  # others, of commands with more rows or seeds, may be in work
+            for left in (*self._files_of_begun(job), self.state_file(job)):  # of killed processes, or of late ones
+                with contextlib.suppress(OSError):
+                    left.unlink()
+        with contextlib.suppress(OSError):  # it holds the states of others
+            (self.root / "states").rmdir()
+        is_in_work = (self.root / "states").exists() or any((self.root / "results").glob(".*.tmp"))
+        if not (self.keeps_copies or is_in_work):
             shutil.rmtree(self.root / COPIES, ignore_errors=True)
 
     def _create_classifier(self, seed: int = 0) -> "Classifier":
@@ -174,30 +176,24 @@ class Comparison:
 
         return Classifier(self.recipe, len(self.train.class_names), seed, self.device, self.num_workers)
 
-    def _write_test_pictures(self) -> None:
-        """Write the path, the label and the class of each row of the predictions."""
-        with atomic_file(self.root / TEST_PICTURES_FILE) as file:
-            lines = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-            table = csv.writer(lines, lineterminator="\n")
-            table.writerow(("file", "label", "class"))
-            for picture, label in zip(self.test.files, self.test.labels):
-                name = picture.relative_to(self.test.root).as_posix()
-                table.writerow((name, label, self.test.class_names[label]))
-            lines.flush()
-            lines.detach()
-
     def _choose_job(self) -> Job | None:
         """Return a job that is not done, one that as few other processes as possible have begun; None at the end."""
         ready = [job for job in self.jobs if not self.is_done(job) and not self._waits_for_losses(job)]
         if not ready:
             return None
-        names = [file.name for file in (self.root / "results").iterdir()]  # of temporary files, while a job is trained
-        begun = {job: sum(name.startswith(f".{self.result_file(job).name}.") for name in names) for job in ready}
+        begun = {job: len(self._files_of_begun(job)) for job in ready}
         free = [job for job in ready if begun[job] == min(begun.values())]
-        free = [job for job in free if self.state_file(job).exists()] or free
+        stopped = [job for job in free if self.state_file(job).exists()]
         rank, count = launch.rank_and_count()
+        if count == 1 and stopped:
+            return random.Random().choice(stopped)
+        free = stopped + [job for job in free if job not in stopped]
         place = rank / count if count > 1 else 0 if self._is_new else random.Random().random()
         return free[int(place * len(free))]
+
+    def _files_of_begun(self, job: Job) -> list[Path]:
+        """Return the temporary files of the processes that have begun a job, and may have been killed."""
+        return list((self.root / "results").glob(f".{self.result_file(job).name}.*"))
 
     def _waits_for_losses(self, job: Job) -> bool:
         _, name = read_row(job[0])
@@ -212,18 +208,23 @@ class Comparison:
         row, number = job
         mix, name = read_row(row)
         classifier, state_file = self._create_classifier(derive_seed(self.seed, number)), self.state_file(job)
-        log_file, before = self.root / "logs" / f"{row}_seed{number}.csv", bar.n
+        log_file, taken = self.root / "logs" / f"{row}_seed{number}.csv", 0
+        logs = not (self._files_of_begun(job) and log.is_written(log_file))  # else by another process
 
         def after_step(step: int, loss: float, learning_rate: float) -> None:
-            if bar.n == before:
-                log.cut(log_file, step - 1)
+            nonlocal taken
+            taken += 1
+            if taken == 1:
                 bar.total -= step - 1  # of an earlier start
+            if taken == 1 and logs:
+                log.cut(log_file, step - 1)
             epoch = step * self.recipe.batch_size / len(self.train.files)
-            log.append(log_file, step=step, epoch=f"{epoch:.3f}", loss=loss, learning_rate=learning_rate)
+            if logs:
+                log.append(log_file, step=step, epoch=f"{epoch:.3f}", loss=loss, learning_rate=learning_rate)
             bar.update()
             pictures = self.recipe.batch_size * (bar.format_dict["rate"] or 0)
             bar.set_postfix_str(f"loss {loss:.3f}, {pictures:.0f} pictures/s", refresh=False)
-            if bar.n % LOOKED_AFTER == 0 and self.is_done(job):
+            if taken % LOOKED_AFTER == 0 and self.is_done(job):
                 raise AlreadyTrained
 
         def augmented(transform: Any) -> AugmentedPictures:

@@ -1,5 +1,6 @@
 """Reduced copies of large photos, so that each is decoded once, whatever the rows, seeds, epochs and processes."""
 
+import contextlib
 import io
 import random
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def reduce_photos(photos: Photos, hashes: Sequence[str], folder: Path, side: int
     def make(index: int) -> None:
         copy = reduced.copies[index]
         if copy and not _is_whole(copy):  # another process may have made it by now
-            with atomic_file(copy) as file:
+            with contextlib.suppress(FileNotFoundError), atomic_file(copy) as file:  # the others may have finished
                 file.write(reduced.encode(index))
 
     pool = ThreadPoolExecutor()

@@ -57,14 +57,15 @@ def plot_confusions(confusions: dict[str, np.ndarray], class_names: Sequence[str
 
     Beyond 30 classes, it has the 30 pairs of classes that are confused most, in the mean of the rows.
     """
-    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in class_names]
+    names = [_as_label(name, label) for label, name in enumerate(class_names)]
     if len(names) > MAX_CLASSES:
         return _plot_pairs(confusions, names)
     figure = _create_figure(2 + (2.2 + 0.25 * len(names)) * len(confusions), 2.2 + 0.25 * len(names))
+    highest = max(float((values * (1 - np.eye(len(names)))).max()) for values in confusions.values())
     panels = figure.subplots(1, len(confusions), squeeze=False, sharey=True)[0]
     for axes, (row, values) in zip(panels, confusions.items()):
         wrong = np.ma.masked_array(values, np.eye(len(names), dtype=bool))
-        image = axes.imshow(wrong, cmap="Reds", vmin=0, vmax=max(float(np.max(wrong)), 1.0))
+        image = axes.imshow(wrong, cmap="Reds", vmin=0, vmax=max(highest, 1.0))
         for label, share in enumerate(np.diag(values)):
             axes.text(label, label, f"{share:.0f}", ha="center", va="center", fontsize=7)
         axes.set(title=f"{row}: right on the diagonal (%)", xlabel="predicted", ylabel="true class")
@@ -158,6 +159,13 @@ def draw_highest_losses(
         predicted = int(probabilities[index].argmax())
         captions.append([*lines, (f"predicted: {probabilities[index].max():.2f}", predicted, PREDICTION_COLOR)])
     return draw_grid([pictures[int(index)][0] for index in highest], captions, class_names, legend)
+
+
+def _as_label(name: str, label: int) -> str:
+    """Return a class name as matplotlib's font shows it: Latin, Greek and Cyrillic letters, and no formulas."""
+    if not name.isprintable() or any(letter > "\u052f" for letter in name):
+        return f"class {label}"
+    return (name if len(name) <= 24 else f"{name[:23]}…").replace("$", r"\$")
 
 
 def _create_figure(width: float, height: float) -> Figure:

@@ -19,6 +19,8 @@ from .recipe import read_row
 from .sets import PUBLISHED
 from .statistics import MIN_SEEDS, compare_classes, explain_verdict, summarize
 
+GAINED_LOST_FILE = "gained_lost.png"
+
 
 def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_on_share: bool) -> None:
     """Write results.json, results.md, per_class.csv and the figures, the same whoever does it; print the table.
@@ -113,7 +115,9 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         of_row = counts.get(read_row(augmented)[1])
         grid = draw_gained_and_lost(comparison.test, predicted, baseline, augmented, of_row)
         if grid:
-            write_png(comparison.root / "gained_lost.png", grid)
+            write_png(comparison.root / GAINED_LOST_FILE, grid)
+        else:  # an earlier one may be of another baseline
+            (comparison.root / GAINED_LOST_FILE).unlink(missing_ok=True)
 
     # The files
     table = format_table(summary, baseline, seen)

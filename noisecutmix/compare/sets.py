@@ -1,7 +1,9 @@
 """The pictures of a comparison: photos for training and for the test, and augmented sets, in one order of classes."""
 
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..classes import FINETUNE_FILE, load_classes, match_classes
 from ..errors import InputError
-from ..files import read_json
+from ..files import atomic_file, read_json
 from ..folder import LABELS_FILE, read_run
 from ..photos import Photos, Source, find_archive, find_photos, split_photos
 from ..sources import fingerprint_checkpoint
@@ -88,6 +90,18 @@ def load_photos(
         names = ", ".join(map(repr, lacking[:4])) + (", …" if len(lacking) > 4 else "")
         notes += (f"the test has no picture of {len(lacking)} classes ({names}); they are not scored",)
     return train, dataclasses.replace(test, class_names=train.class_names, labels=labels, notes=notes), False
+
+
+def write_table(file: Path, photos: Photos) -> None:
+    """Write a CSV file: path below the folder, label and class of each picture."""
+    with atomic_file(file) as content:
+        lines = io.TextIOWrapper(content, encoding="utf-8", errors="surrogateescape", newline="")
+        table = csv.writer(lines, lineterminator="\n")
+        table.writerow(("file", "label", "class"))
+        for picture, label in zip(photos.files, photos.labels):
+            table.writerow((picture.relative_to(photos.root).as_posix(), label, photos.class_names[label]))
+        lines.flush()
+        lines.detach()
 
 
 def match_folder(option: str, folder: Path, names: Sequence[str], wanted: Sequence[str]) -> list[int]:

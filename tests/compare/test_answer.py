@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -158,6 +159,46 @@ def test_a_stopped_classifier_continues_after_its_last_step(folder, start, numbe
     assert float(rows[-1]["learning_rate"]) < float(rows[30]["learning_rate"]) <= 0.05
 
 
+def test_a_stop_after_the_last_step_loses_no_step(folder, monkeypatch):
+    from noisecutmix.compare.classifier import Classifier
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    arguments = [*QUICK, "--rows", "none", "--baseline=none", "--seeds=1", "--epochs=2"]
+    expected = classify(folder, *arguments, "--output_dir=whole")
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(Classifier, "predict", stop)
+        classify(folder, *arguments)
+    log = folder / "out" / "logs" / "none_seed0.csv"
+    before = log.stat().st_mtime_ns, log.read_bytes()
+    assert classify(folder, *arguments) == expected
+    assert (log.stat().st_mtime_ns, log.read_bytes()) == before
+
+
+def test_the_work_of_commands_with_other_rows_is_left_alone(folder):
+    """Several commands share a folder; the first one that ends has to leave what the others need."""
+    state = folder / "out" / "states" / "mixup_seed7.pt"
+    begun = folder / "out" / "results" / ".predictions_mixup_seed7.npy.0123.tmp"
+    enlarge_photos(folder)
+    classify(folder, *LARGE, "--epochs=1", "--seeds=1", "--keep_copies")
+    copies = len(list((folder / "out" / "copies").iterdir()))
+    state.parent.mkdir()
+    for file in (state, begun):
+        file.write_bytes(b"in work")
+    classify(folder, *LARGE, "--epochs=1", "--seeds=2")
+    assert state.exists() and begun.exists() and len(list((folder / "out" / "copies").iterdir())) == copies
+    state.unlink(), begun.unlink()
+    classify(folder, *LARGE, "--epochs=1", "--seeds=2")
+    assert not (folder / "out" / "copies").exists() and not state.parent.exists()
+
+
+def test_a_log_that_is_locked_ends_no_training(folder, monkeypatch):
+    """As a spreadsheet locks it on Windows."""
+    (folder / "out" / "logs" / "none_seed0.csv").mkdir(parents=True)
+    classify(folder, *QUICK, "--rows", "none", "--baseline=none", "--seeds=1", "--epochs=1")
+
+
 def test_a_damaged_state_is_not_used(folder, capsys):
     arguments = [*QUICK, "--rows", "cutmix", "--baseline=cutmix", "--seeds=1", "--epochs=2"]
     (folder / "out" / "states").mkdir(parents=True)
@@ -182,6 +223,14 @@ def test_the_table_so_far_is_shown(folder, capsys):
     capsys.readouterr()
     with as_command_line("noisecutmix.compare", *QUICK, "--epochs=1", "--seeds=2", "--report", folder=folder) as main:
         main()
+    record = folder / "out" / "classify.json"  # of a GPU, while this machine has none
+    content = json.loads(record.read_text())
+    content["options"]["dtype"] = "float16"
+    record.write_text(json.dumps(content))
+    files[record] = record.read_bytes()
+    capsys.readouterr()
+    with as_command_line("noisecutmix.compare", *QUICK, "--epochs=1", "--seeds=2", "--report", folder=folder) as main:
+        main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| none | 1 of 2 | ") and lines[3] == "| cutmix | 0 of 2 |  |"
     assert {file: file.read_bytes() for file in (folder / "out").rglob("*") if file.is_file()} == files
@@ -200,7 +249,10 @@ def test_confusions_are_plotted(num_classes):
     plot = plot_confusions(values, [f"class {label}" for label in range(num_classes)])
     assert Image.open(io.BytesIO(plot)).width > 700
     assert plot == plot_confusions(values, [f"class {label}" for label in range(num_classes)])
-    plot_confusions({"none": np.zeros((num_classes, num_classes))}, ["x"] * num_classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of letters that the font lacks
+        odd_names = [r"$\frac$", "翠鳥", "Zaunkönig", "x" * 50] * (num_classes // 4)
+        plot_confusions({"none": np.zeros((num_classes, num_classes))}, odd_names)
 
 
 def test_gained_and_lost_pictures_are_those_of_most_classifiers(folder):
@@ -222,3 +274,6 @@ def test_a_comparison_leaves_its_figures(folder):
     rows = ["--rows", "none", "ours", "--baseline=none", "--seeds=1", "--epochs=1"]
     classify(folder, "--augmented=ours=aug2", *rows)
     assert Image.open(folder / "out" / "confusion.png").width > 500
+    (folder / "out" / "gained_lost.png").write_bytes(b"of another baseline")
+    classify(folder, "--augmented=ours=aug2", *rows, "--rows", "none")
+    assert not (folder / "out" / "gained_lost.png").exists()
