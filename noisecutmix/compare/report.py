@@ -111,13 +111,12 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
     }
     figures["confusion.png"] = plot_confusions(confusions, class_names)
     augmented = find_best(summary, [row for row in comparison.rows if read_row(row)[1] and row != baseline]) or best
-    if augmented:
-        of_row = counts.get(read_row(augmented)[1])
-        grid = draw_gained_and_lost(comparison.test, predicted, baseline, augmented, of_row)
-        if grid:
-            write_png(comparison.root / GAINED_LOST_FILE, grid)
-        else:  # an earlier one may be of another baseline
-            (comparison.root / GAINED_LOST_FILE).unlink(missing_ok=True)
+    of_row = counts.get(read_row(augmented)[1])
+    grid = draw_gained_and_lost(comparison.test, predicted, baseline, augmented or baseline, of_row)
+    if grid:
+        write_png(comparison.root / GAINED_LOST_FILE, grid)
+    else:  # an earlier one may be of another baseline
+        (comparison.root / GAINED_LOST_FILE).unlink(missing_ok=True)
 
     # The files
     table = format_table(summary, baseline, seen)
