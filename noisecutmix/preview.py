@@ -77,19 +77,21 @@ def draw_grid(
     return grid
 
 
-def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Return a row for each class: its name above a real picture and drawn ones. More than four get two columns.
+def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]], legend: str) -> Image.Image:
+    """Return a row for each class: its name above its pictures. More than four classes get two columns.
 
     Args:
-        rows: (class name, pictures, the real one first), with equally many pictures in each row.
+        rows: (class name, pictures), with equally many pictures in each row.
+        legend: a text above all rows.
     """
     side, top = SIDE // 2, 30
     columns = 2 if len(rows) > 4 else 1
     step = side + MARGIN
     width, height = step * len(rows[0][1]) + MARGIN, step + top
-    grid = Image.new("RGB", (width * columns, height * -(-len(rows) // columns)), "white")
+    grid = Image.new("RGB", (width * columns, LEGEND_HEIGHT + height * -(-len(rows) // columns)), "white")
+    ImageDraw.Draw(grid).text((MARGIN, 6), legend, fill="black", font=_load_font(BUILT_IN, LEGEND_SIZE))
     for number, (name, images) in enumerate(rows):
-        left, upper = number % columns * width + MARGIN, number // columns * height
+        left, upper = number % columns * width + MARGIN, LEGEND_HEIGHT + number // columns * height
         text, font = _fit_caption("", name, number)
         ImageDraw.Draw(grid).text((left, upper + 4), text, fill="black", font=font)
         for place, image in enumerate(images):

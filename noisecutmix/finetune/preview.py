@@ -42,4 +42,4 @@ def draw_preview(file: Path, recipe: Recipe, photos: Photos, *, model: str, devi
     for label, name in enumerate(names):
         real = crop_square(photos.open(photos.labels.index(label)), side)
         rows.append((name, [real, *drawn[DRAWN_PER_CLASS * label : DRAWN_PER_CLASS * (label + 1)]]))
-    write_png(file, draw_comparison(rows))
+    write_png(file, draw_comparison(rows, "left: a real picture; right: drawn by the model"))
