@@ -55,25 +55,28 @@ def draw_grid(
 ) -> Image.Image:
     """Return a grid of the pictures, each with lines below it: a text, the name of a class, and a colour.
 
-    The legend, texts and their colours, stands above as many columns as there are texts, or in as many lines.
+    The legend, texts and their colours, stands above as many columns as there are texts, or in as many lines, where
+    there are fewer columns or a text is wider than one.
     """
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
     caption_height = CAPTION_HEIGHT + LINE_HEIGHT * (max(2, *map(len, captions)) - 2)
     cell_width, cell_height = SIDE + MARGIN, SIDE + caption_height + MARGIN
-    legend_rows = -(-len(legend) // columns)
+    font = _load_font(BUILT_IN, LEGEND_SIZE)
+    texts_a_row = columns if all(font.getlength(text) <= SIDE for text, _ in legend) else 1
+    legend_rows = -(-len(legend) // texts_a_row)
     above = LEGEND_HEIGHT * legend_rows
     grid = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN + above), "white")
     for number, (text, color) in enumerate(legend):
-        place = MARGIN + number % columns * cell_width, 6 + number // columns * LEGEND_HEIGHT
-        ImageDraw.Draw(grid).text(place, text, fill=color, font=_load_font(BUILT_IN, LEGEND_SIZE))
+        place = MARGIN + number % texts_a_row * cell_width, 6 + number // texts_a_row * LEGEND_HEIGHT
+        ImageDraw.Draw(grid).text(place, text, fill=color, font=font)
     for number, (image, lines) in enumerate(zip(images, captions)):
         left = MARGIN + number % columns * cell_width
         top = above + MARGIN + number // columns * cell_height
         grid.paste(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, top))
         for line, (start, label, color) in enumerate(lines):
-            text, font = _fit_caption(start, class_names[label], label)
-            ImageDraw.Draw(grid).text((left, top + SIDE + 4 + LINE_HEIGHT * line), text, fill=color, font=font)
+            text, own_font = _fit_caption(start, class_names[label], label)
+            ImageDraw.Draw(grid).text((left, top + SIDE + 4 + LINE_HEIGHT * line), text, fill=color, font=own_font)
     return grid
 
 

@@ -118,8 +118,8 @@ def draw_gained_and_lost(
         if not found:
             continue
         legend = [
-            (f"{len(found)} pictures that {winner} names right, {loser} does not", LABEL_COLOR),
-            (f"blue: the prediction of {baseline}", BASELINE_COLOR),
+            (f"{len(found)} pictures that most classifiers of {winner} name right, those of {loser} not", LABEL_COLOR),
+            (f"blue: the most frequent prediction of {baseline}", BASELINE_COLOR),
             (f"purple: that of {row}", PREDICTION_COLOR),
         ]
         found = found[:MAX_PICTURES]
@@ -127,8 +127,8 @@ def draw_gained_and_lost(
         for place in found:
             lines = [("label:", test.labels[place], LABEL_COLOR)]
             for name, color in ((baseline, BASELINE_COLOR), (row, PREDICTION_COLOR)):
-                most = int(np.bincount(predicted[name][:, place]).argmax())
-                lines.append((f"{name}:", most, color))
+                votes = np.bincount(predicted[name][:, place])
+                lines.append((f"{name}, {votes.max()} of {votes.sum()}:", int(votes.argmax()), color))
             if counts is not None:
                 label = test.labels[place]
                 lines.append((f"{counts[label]:.1f} augmented of", label, LABEL_COLOR))
