@@ -21,6 +21,7 @@ from noisecutmix.compare.copies import reduce_photos
 from noisecutmix.compare.figures import count_confusions, draw_gained_and_lost, plot_confusions
 from noisecutmix.photos import find_photos
 
+SENT_BY_SLURM = [name for name in ("SIGUSR1",) if hasattr(signal, name)]
 LARGE = [*QUICK, "--crop_scale=0.2", "--rows", "none", "--baseline=none", "--seeds=3", "--epochs=3"]
 
 
@@ -127,7 +128,10 @@ def test_a_kill_amid_the_copies_changes_no_result(folder, start):
     assert results[0] == results[1] and not copies.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(getattr(signal, name), marks=pytest.mark.slow) for name in SENT_BY_SLURM)],
+)
 def test_a_stopped_classifier_continues_after_its_last_step(folder, start, number):
     """The result, and the steps of its log, are those of an uninterrupted run."""
     arguments = [*QUICK, "--rows", "cutmix", "--baseline=cutmix", "--seeds=1", "--epochs=30", "--num_workers=1"]

@@ -7,14 +7,13 @@ does. The runs alternate, and medians are shown. Each run is a process of its ow
 """
 
 import argparse
-import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +65,12 @@ def cheap(pretrained=False, num_classes=2, **_):
     return Cheap(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, num_classes))
 cheap.__module__ = "timm.models.cheap"
 sys.argv[0] = "noisecutmix.compare"
-runpy.run_module("noisecutmix.compare", run_name="__main__", alter_sys=True)"""
+try:
+    runpy.run_module("noisecutmix.compare", run_name="__main__", alter_sys=True)
+finally:
+    import resource
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    print(max(resource.getrusage(one).ru_maxrss for one in whose) / 1024)"""
 
 
 def draw_photo(width: int, height: int, rng: np.random.Generator) -> Image.Image:
@@ -94,15 +98,15 @@ def write_photos(folder: Path, width: int, height: int, count: int) -> None:
         Image.fromarray(shifted).save(place / f"{number}.jpg", quality=92)
 
 
-def run(root: Path, *arguments: str) -> tuple[str, float, float]:
-    """Run Python with the package of a checkout; return its output, its seconds, and peak memory of a process in MB."""
+def run(root: Path, *arguments: str) -> tuple[str, float]:
+    """Run Python with the package of a checkout; return its output and its seconds."""
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     command = [sys.executable, *arguments]  # the working directory comes first among the places of packages
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return done.stdout, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return done.stdout, time.perf_counter() - start
 
 
 def time_reading(root: Path, code: str, **values: str) -> float:
@@ -114,16 +118,16 @@ def time_reading(root: Path, code: str, **values: str) -> float:
     return float(run(root, "-c", code)[0])
 
 
-def time_comparison(root: Path, photos: Path, output_dir: Path, *more: str) -> tuple[float, dict]:
-    """Return the seconds of a comparison of three rows, two seeds and five epochs, and its results.
+def time_comparison(root: Path, photos: Path, output_dir: Path) -> tuple[float, float]:
+    """Return the seconds of a comparison of three rows, two seeds and five epochs, and peak memory in MB of a process.
 
     The classifier averages the picture in 16 parts, so that the photos alone decide how long it takes.
     """
     flags = [f"--train_dir={photos / 'train'}", f"--test_dir={photos / 'test'}", f"--output_dir={output_dir}"]
     flags += ["--rows", "none", "cutmix", "mixup", "--seeds=2", "--epochs=5", f"--num_workers={WORKERS}"]
     flags += ["--model=cheap", "--no_pretrained", "--image_size=224", "--batch_size=8", "--device=cpu"]
-    _, seconds, _ = run(root, "-c", COMPARE, *flags, *more)
-    return seconds, json.loads((output_dir / "results.json").read_text())["rows"]
+    output, seconds = run(root, "-c", COMPARE, *flags)
+    return seconds, float(output.split()[-1])
 
 
 def main() -> None:
@@ -134,25 +138,28 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("pillow", "torch", "timm"))
     for name in options.sizes:
         photos = folder / name
         write_photos(photos, *SIZES[name])
         train, copies = str(photos / "train"), str(folder / "copies")
         reading: dict[str, list[float]] = {"before": [], "now": [], "timm": []}
-        whole: dict[str, list[float]] = {"before": [], "now": []}
+        whole: dict[str, list[tuple[float, float]]] = {"before": [], "now": []}
         for _ in range(options.runs):
             reading["before"].append(time_reading(options.before, OURS, photos=train))
             reading["now"].append(time_reading(ROOT, OURS, photos=train, reduce=REDUCE, copies=copies))
             reading["timm"].append(time_reading(ROOT, TIMM, photos=train))
         for number in range(options.comparisons):
             for version, root in (("before", options.before), ("now", ROOT)):
-                whole[version].append(time_comparison(root, photos, folder / f"{version} {name} {number}")[0])
+                whole[version].append(time_comparison(root, photos, folder / f"{version} {name} {number}"))
         medians = {version: statistics.median(values) for version, values in reading.items()}
-        seconds = {version: statistics.median(values) for version, values in whole.items()}
-        print(f"\n{name}, {SIZES[name][2]} photos, {WORKERS} processes that read")
+        seconds = {version: statistics.median(one for one, _ in values) for version, values in whole.items()}
+        memory = {version: max(one for _, one in values) for version, values in whole.items()}
+        print(f"\n{name}, {SIZES[name][2]} photos, {WORKERS} processes that read; {versions}")
         print("| | before | now | timm |\n|---|---|---|---|")
         print("| ms per picture after the first pass |", " | ".join(f"{ms:.1f}" for ms in medians.values()), "|")
         print(f"| seconds of the comparison | {seconds['before']:.1f} | {seconds['now']:.1f} | |")
+        print(f"| MB of the largest process | {memory['before']:.0f} | {memory['now']:.0f} | |")
         print(
             f"now reads {medians['before'] / medians['now']:.1f} times as fast as before, "
             f"{medians['timm'] / medians['now']:.1f} times as fast as timm; "

@@ -258,9 +258,12 @@ def build_pipeline(card: FakeCard, shape: Shape, folder: Path, dtype: torch.dtyp
 def build_generator(pipe: NoiseCutMixPipeline, shape: Shape, folder: Path, **options: Any) -> NoiseCutMixGenerator:
     """Return a generator that draws with the pipeline in place of a loaded one."""
     write_data_set(folder / "data_set.json", shape)
-    with mock.patch.multiple(
-        "noisecutmix.generator", load_pipeline=lambda *_: pipe, load_sampler=lambda *_: pipe.scheduler
-    ):
+    replaced = {
+        "find_checkpoint_files": lambda *_: None,
+        "load_sampler": lambda *_: pipe.scheduler,
+        "load_pipeline": lambda *_: pipe,
+    }
+    with mock.patch.multiple("noisecutmix.generator", **replaced):
         return NoiseCutMixGenerator(
             device=pipe.device.type,
             data_name=str(folder / "data_set.json"),
