@@ -43,7 +43,7 @@ for kind in (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler,
         assert rows["after set_begin_index(0)"][0] == rows["after set_begin_index(0)"][1]
         assert rows["after two steps"][0] == rows["after two steps"][1] == rows["new scheduler"][0]
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # DDIMScheduler                timesteps [700, 0] new scheduler: [0.9966, 0.01]
 # DDIMScheduler                timesteps [700, 0] after two steps: [0.9966, 0.01]
 # EulerDiscreteScheduler       timesteps [777, 0] new scheduler: [21.4175, 0.01]

@@ -46,6 +46,6 @@ assert seen == {"without": 36 if new else 0, "text_model": 36, "clip": 0 if new 
 PY
 env-5.23.0/bin/python write.py
 for version in 4.51.3 5.23.0; do "env-$version/bin/python" read.py; done
-# Output seen:
+# Output seen on 2026-11-29:
 # transformers 4.51.3: tensors read, of 36: {'without': 0, 'text_model': 36, 'clip': 36}
 # transformers 5.23.0: tensors read, of 36: {'without': 36, 'text_model': 36, 'clip': 0}

@@ -53,6 +53,6 @@ for dora in (False, True):
     else:
         assert seen["weight 0.0"] < 1e-4 and seen["scale 0.0 in the call"] < 1e-4
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # use_dora=False: largest distance from the plain model: untrained 0.0000, {'weight 1.0': 0.9842, 'scale 0.0 in the call': 0.0, 'weight 0.0': 0.0, 'disabled': 0.0}
 # use_dora=True: largest distance from the plain model: untrained 0.0000, {'weight 1.0': 0.8623, 'scale 0.0 in the call': 0.3464, 'weight 0.0': 0.3464, 'disabled': 0.0}

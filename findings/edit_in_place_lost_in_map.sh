@@ -45,7 +45,7 @@ print("from_dict with a picture of", opened.size, "gives", made.size)
 assert small.size == made.size == (120, 100) and new.size == (32, 27)
 assert np.asarray(black).max() == 200
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # thumbnail in map: (120, 100) | resize in map: (32, 27)
 # painted black in map, brightest value: 200
 # from_dict with a picture of (32, 27) gives (120, 100)

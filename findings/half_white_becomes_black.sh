@@ -35,7 +35,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     assert half[0, 0, 0].item() == 1.0
     assert new[0, 0, 0].item() == old[0, 0, 0].item() == white and pil == 255
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # torch.float32 corner in: 1.0 v2: 255 v1: 255 to_pil_image of float32: 255 mean byte: 226.2
 # torch.float16 corner in: 1.0 v2: 0 v1: 0 to_pil_image of float32: 255 mean byte: 19.2
 # torch.bfloat16 corner in: 1.0 v2: 0 v1: 0 to_pil_image of float32: 255 mean byte: 19.2

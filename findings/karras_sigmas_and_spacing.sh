@@ -34,7 +34,7 @@ for kind in ("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep"):
     assert seen[kind, "leading"] == seen[kind, "linspace"] == seen[kind, "trailing"]
     assert (seen[kind, "leading"][0], seen[kind, "leading"][-1]) == (14.61, 0.03)
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # EulerDiscrete        leading   [5.11, 1.92, 0.62, 0.16, 0.03]
 # EulerDiscrete        linspace  [14.61, 4.8, 1.27, 0.25, 0.03]
 # EulerDiscrete        trailing  [14.61, 7.39, 3.48, 1.49, 0.57]

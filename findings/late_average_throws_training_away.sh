@@ -48,7 +48,7 @@ assert late[0] == [0.0] * 5 and late[1] == late[2] == 0.0
 assert mid[0][:3] == [0.0] * 3 and mid[0][3] > 0.9
 PY
 venv/bin/python -W ignore run.py 2>err || { cat err; exit 1; }
-# Output seen:
+# Output seen on 2026-11-29:
 # validated with [0.59, 0.832, 0.931, 0.972, 0.988] final 0.988 saved 0.988
 # validated with [0.0, 0.0, 0.0, 0.0, 0.0] final 0.0 saved 0.0
 # validated with [0.0, 0.0, 0.0, 0.95, 0.962] final 0.962 saved 0.962

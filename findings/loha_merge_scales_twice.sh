@@ -48,7 +48,7 @@ for algo in ("lora", "lokr", "loha"):
         want = alpha / 16 if algo == "loha" else 1.0
         assert abs(got - want) < 1e-3, (algo, alpha, got)
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # lora: rank 16, alpha 16: merged update / live update = 1.0000
 # lora: rank 16, alpha 4: merged update / live update = 1.0000
 # lokr: rank 16, alpha 16: merged update / live update = 1.0000

@@ -43,7 +43,7 @@ for name, make, data in (("ignore_index", acc, batches), ("threshold", thr, scor
         assert (got == want) == (order == "reversed")
         assert order == "reversed" or len(set(got.values())) == 1
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # ignore_index given    in the collection {'all': 0.714, 'no_background': 0.714}  alone {'all': 0.714, 'no_background': 0.5}
 # ignore_index reversed in the collection {'all': 0.714, 'no_background': 0.5}  alone {'all': 0.714, 'no_background': 0.5}
 # threshold    given    in the collection {'at_half': 1.0, 'at_nine': 1.0}  alone {'at_half': 1.0, 'at_nine': 0.4}

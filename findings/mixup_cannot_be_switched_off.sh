@@ -48,7 +48,7 @@ if __name__ == "__main__":
         assert got[name][1:] == ([8, 8, 8] if name.startswith("default") else [0, 0, 0])
 PY
 venv/bin/python -W ignore run.py
-# Output seen:
+# Output seen on 2026-11-29:
 # default, 2 workers soft labels per epoch, switched off after the first: [8, 8, 8, 8] switch: False
 # fresh workers      soft labels per epoch, switched off after the first: [8, 0, 0, 0] switch: False
 # no workers         soft labels per epoch, switched off after the first: [8, 0, 0, 0] switch: False

@@ -35,7 +35,7 @@ if __name__ == "__main__":
         assert a == b and a[0] == c[0] and a[1] != c[1] and a[2] != c[2]
 PY
 venv/bin/python order.py
-# Output seen:
+# Output seen on 2026-11-29:
 # with a generator
 #   epoch 0 | no workers [7, 4, 1, 3, 2, 0, 6, 5] | 2 workers [7, 4, 1, 3, 2, 0, 6, 5] | 2 persistent [7, 4, 1, 3, 2, 0, 6, 5]
 #   epoch 1 | no workers [7, 6, 5, 2, 4, 3, 1, 0] | 2 workers [7, 6, 5, 2, 4, 3, 1, 0] | 2 persistent [7, 6, 0, 2, 5, 4, 1, 3]

@@ -46,7 +46,7 @@ assert seen[0.4, 0.0] == 1.0                     # a scale of zero is not
 assert seen[0.0, 0.5] == 0.0 and seen[0.0, 0.0] == 1.0
 assert torch.allclose(run(), full, atol=1e-6) and not torch.allclose(full, plain, atol=1e-3)
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # set_adapters 0.4, one pass with scale 0.5: adapter now at 0.40, output as before: True
 # set_adapters 0.4, one pass with scale 0.0: adapter now at 1.00, output as before: False
 # set_adapters 0.0, one pass with scale 0.5: adapter now at 0.00, output as before: True

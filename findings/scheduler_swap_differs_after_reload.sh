@@ -34,7 +34,7 @@ for target in (EulerDiscreteScheduler, DPMSolverMultistepScheduler):
     assert seen[target, "built"][0] == "linspace" and seen[target, "reloaded"][0] == "leading"
 assert seen[EulerDiscreteScheduler, "built"][1][0] == 999 and seen[EulerDiscreteScheduler, "reloaded"][1][0] == 800
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # visible settings equal: True
 # EulerDiscreteScheduler from the built one: linspace [999.0, 749.25, 499.5, 249.75, 0.0] first sigma 36.91
 # EulerDiscreteScheduler from the reloaded one: leading [800.0, 600.0, 400.0, 200.0, 0.0] first sigma 6.95

@@ -53,7 +53,7 @@ gap = (fresh(x, 5, text).sample - unet(x, 5, text).sample).abs().max().item()
 print(f"trained model against finished LoRA file + new LoRA file: largest difference {gap:.3f}")
 assert gap > 0.05
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # trainable tensors after add_adapter: done 0 new 32
 # trainable tensors after set_adapters: done 32 new 32
 # trained model against finished LoRA file + new LoRA file: largest difference 0.499

@@ -47,7 +47,7 @@ assert late[0][:4] == always[0][:4] and late[1] != always[1] and late[2] == 22
 assert steps[2] == 8
 PY
 venv/bin/python -W ignore run.py 2>err || { cat err; exit 1; }
-# Output seen:
+# Output seen on 2026-11-29:
 # no start given | validated with [0.2779, 0.4455, 0.6031, 0.726, 0.8147] | final 0.8147 | 20 updates
 # {'update_starting_at_epoch': 100} | validated with [0.2779, 0.4455, 0.6031, 0.726, 0.8147] | final 0.8147 | 20 updates
 # {'update_starting_at_epoch': 3} | validated with [0.2779, 0.4455, 0.6031, 0.726, 0.8308] | final 0.8466 | 22 updates

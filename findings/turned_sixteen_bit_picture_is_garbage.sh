@@ -38,7 +38,7 @@ assert seen["nearest"] == [40000] * 4
 for name in ("bilinear", "bicubic"):
     assert max(seen[name][:3]) < 256 and seen[name][3] == 40000
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # I;16 nearest  rotate 40000, transform 40000, torchvision 40000, resize 40000
 # I;16 bilinear rotate 72, transform 87, torchvision 72, resize 40000
 # I;16 bicubic  rotate 66, transform 78, torchvision 66, resize 40000

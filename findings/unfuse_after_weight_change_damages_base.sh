@@ -51,7 +51,7 @@ unet.delete_adapters("first")
 print("distance of the model without adapters from the original:", f"{(run() - plain).abs().max():.4f}")
 assert seen == [-0.5, -1.0] and (run() - plain).abs().max() > 0.01
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # weight unchanged in between: share of the update left in the base weights: -0.0
 # weight set from 0.5 to 1.0 in between, two rounds: [-0.5, -1.0]
 # distance of the model without adapters from the original: 0.0542

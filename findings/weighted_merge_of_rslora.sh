@@ -49,6 +49,6 @@ for rslora in (False, True):
     assert all(abs(v - want) < 1e-2 for v in got.values()), got
     assert abs(ratio - (32 ** 0.5 if rslora else 1.0)) < 1e-2
 PY
-# Output seen:
+# Output seen on 2026-11-29:
 # use_rslora=False: strength of a copy with weight 1.0: {'linear': 1.0, 'svd': 1.0, 'cat': 1.0}, of the mean by cat: 1.000
 # use_rslora=True: strength of a copy with weight 1.0: {'linear': 4.0, 'svd': 4.0, 'cat': 4.0}, of the mean by cat: 5.657
