@@ -117,9 +117,10 @@ def ending_at_signals() -> Iterator[None]:
 
 
 def ignore_signals(worker: int) -> None:
-    """Let no signal end a DataLoader's worker, since launchers send one to all processes: torch ends it at the end."""
+    """Let a DataLoader's worker outlive a signal that is sent to all processes, but SIGTERM, by which torch ends it."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def program_words() -> list[str]:
