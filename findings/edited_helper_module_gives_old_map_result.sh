@@ -35,6 +35,7 @@ PY
 write 0.7; venv/bin/python -W ignore main.py | tee first
 write 0.9; venv/bin/python -W ignore main.py | tee second
 grep -qF 'in the script [0.7, 0.0, 0.7] | imported [0.7, 0.0, 0.7]' first
+[ "$(grep -c 'imported \[0.7' second)" = 1 ] || { echo "the edit of the module is noticed now"; exit 1; }
 grep -qF 'in the script [0.9, 0.0, 0.9] | imported [0.7, 0.0, 0.7] | imported, in a lambda [0.7, 0.0, 0.7] | called directly 0.9' second
 # Output seen on 2026-11-29:
 # weight 0.7: in the script [0.7, 0.0, 0.7] | imported [0.7, 0.0, 0.7] | imported, in a lambda [0.7, 0.0, 0.7] | called directly 0.7
