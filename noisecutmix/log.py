@@ -29,7 +29,7 @@ def _append(file: Path, values: dict[str, Any]) -> None:
 
 
 def cut(file: Path, steps: int) -> None:
-    """Remove the lines of a log that come after so many steps, since these are taken again."""
+    """Keep one line for each of the first steps, in their order: later ones are taken again."""
     with contextlib.suppress(OSError):
         _cut(file, steps)
 
@@ -38,8 +38,8 @@ def _cut(file: Path, steps: int) -> None:
     if not file.exists():
         return
     title, *lines = file.read_bytes().splitlines(keepends=True) or [b""]
-    numbers = (line.partition(b",")[0] for line in lines)
-    kept = [line for line, number in zip(lines, numbers) if number.isdigit() and int(number) <= steps]
+    by_number = {int(number): line for line in lines if (number := line.partition(b",")[0]).isdigit()}
+    kept = [by_number[number] for number in sorted(by_number) if number <= steps]
     with atomic_file(file) as log:
         log.write(title if kept else b"")
         log.writelines(kept)

@@ -282,6 +282,7 @@ def train(
             # A state and the checkpoint where they are due
             is_interval = done % options.checkpointing_steps == 0 or done % (options.preview_steps or steps) == 0
             if is_main and (is_interval or is_stopping or done == steps):
+                log.cut(folder.log_file, steps)  # the same command in a second terminal writes each line, too
                 folder.write_state(done, {**trainer.state(), "losses": losses})
                 folder.write_checkpoint(done, losses, classes, trainer.save)
             if is_stopping:
