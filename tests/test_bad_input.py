@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, offline_environment
+from conftest import ROOT, as_command_line, offline_environment
 
 from noisecutmix import cli
+from noisecutmix.compare import __main__ as compare
 from noisecutmix.errors import InputError
+from noisecutmix.finetune import __main__ as finetune
 
 TORCH_FREE = """
 import runpy, sys
@@ -23,20 +25,9 @@ finally:
 
 
 def run_without_torch(folder, script, *arguments):
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            TORCH_FREE,
-            str(ROOT / script) if script.endswith(".py") else script,
-            *map(str, arguments),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=folder,
-        env=offline_environment(),
-    )
+    script = str(ROOT / script) if script.endswith(".py") else script
+    words = [sys.executable, "-c", TORCH_FREE, script, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=folder, env=offline_environment())
 
 
 def files_below(folder):
@@ -47,36 +38,18 @@ BOTH = ("augmentation.py", "generation.py")
 # name: (scripts, arguments, part of the message)
 CASES = {
     "num_aug zero": (BOTH[:1], ["--num_aug=0"], "--num_aug: has to be a whole number from 1 to "),
-    "num_aug negative": (BOTH[:1], ["--num_aug=-3"], "--num_aug: "),
-    "num_aug no integer": (BOTH[:1], ["--num_aug=1.5"], "--num_aug: "),
-    "num_aug no number": (BOTH[:1], ["--num_aug=many"], "--num_aug: "),
-    "num_aug endless": (BOTH[:1], ["--num_aug=999999999999"], "--num_aug: "),
-    "num_gen zero": (BOTH[1:], ["--num_gen=0"], "--num_gen: "),
-    "num_gen negative": (BOTH[1:], ["--num_gen=-1"], "--num_gen: "),
-    "num_gen no integer": (BOTH[1:], ["--num_gen=x"], "--num_gen: "),
-    "batch_size zero": (BOTH, ["--batch_size=0"], "--batch_size: "),
-    "batch_size negative": (BOTH, ["--batch_size=-8"], "--batch_size: "),
-    "batch_size no integer": (BOTH, ["--batch_size=8.0"], "--batch_size: "),
     "batch_size huge": (
         BOTH[:1],
         ["--batch_size=1" + "0" * 21],
         "--batch_size: has to be a whole number from 1 to 4096",
     ),
-    "seed of 500 digits": (BOTH, ["--seed=" + "1" * 500], "--seed: "),
     "too many steps": (BOTH, ["--num_inference_steps=1000"], "--num_inference_steps: has to be a whole number from 1"),
-    "no steps": (BOTH, ["--num_inference_steps=0"], "--num_inference_steps: "),
     "alpha zero": (BOTH, ["--alpha=0"], "--alpha: has to be a number from 1e-06 to 1e+06, not '0'"),
-    "alpha negative": (BOTH, ["--alpha=-1"], "--alpha: "),
     "alpha huge": (BOTH[:1], ["--alpha=1.7e308"], "--alpha: has to be a number from 1e-06 to 1e+06"),
     "alpha tiny": (BOTH[:1], ["--alpha=1e-320"], "--alpha: has to be a number from 1e-06 to 1e+06"),
-    "alpha nan": (BOTH, ["--alpha=nan"], "--alpha: "),
-    "alpha inf": (BOTH, ["--alpha=inf"], "--alpha: "),
-    "guidance negative": (BOTH, ["--guidance_scale=-0.1"], "--guidance_scale: "),
     "guidance huge": (BOTH[:1], ["--guidance_scale=1e308"], "--guidance_scale: has to be a number from 0 to 1000"),
-    "guidance nan": (BOTH, ["--guidance_scale=nan"], "--guidance_scale: "),
     "guidance interval outside": (BOTH, ["--guidance_interval", "0", "1.5"], "--guidance_interval: "),
     "guidance interval falls": (BOTH, ["--guidance_interval", "0.8", "0.2"], "--guidance_interval: 0.8 is above 0.2"),
-    "resolution zero": (BOTH, ["--resolution=0"], "--resolution: "),
     "resolution huge": (BOTH, ["--resolution=1000000000"], "--resolution: has to be a whole number from 1 to 8192"),
     "resolution not divisible": (BOTH, ["--resolution=33"], "--resolution: has to be a multiple of 2, not 33"),
     "data set unknown": (BOTH, ["--data_name=birds"], "--data_name: 'birds' is unknown; choose one of cub, flower"),
@@ -151,7 +124,6 @@ CASES = {
     "output a file": (BOTH, ["--output_dir=a_file"], "--output_dir: "),
     "output below a file": (BOTH, ["--output_dir=a_file/deeper"], "a_file cannot be written: "),
     "seed negative": (BOTH, ["--seed=-1"], "--seed: has to be a whole number from 0 to"),
-    "seed too large": (BOTH, [f"--seed={2**63}"], "--seed: "),
     "target class unknown": (
         BOTH[1:],
         ["--target_class=fiv"],
@@ -196,17 +168,53 @@ def folder(tmp_path_factory):
     return folder
 
 
+def refusal_of(folder, script, *arguments):
+    """Return the line that a script prints; check that nothing in the folder has changed."""
+    before = files_below(folder)
+    with as_command_line(script, *arguments, folder=folder) as main, pytest.raises(InputError) as refusal:
+        main()
+    assert files_below(folder) == before
+    return str(refusal.value)
+
+
 @pytest.mark.parametrize(("script", "case"), [(script, case) for case in CASES for script in CASES[case][0]])
-def test_bad_input(folder, script, case):
+def test_bad_input(folder, script, case, capsys):
+    _, arguments, message = CASES[case]
+    line = refusal_of(folder, script, "--data_name=digits", *arguments)
+    assert line.startswith("--") and "\n" not in line and message in line
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("script", BOTH)
+@pytest.mark.parametrize("case", ["output a file", "checkpoint half", "dtype unknown", "JSON malformed"])
+def test_bad_input_ends_a_script_with_one_line_and_without_torch(folder, script, case):
     _, arguments, message = CASES[case]
     before = files_below(folder)
     done = run_without_torch(folder, script, "--data_name=digits", *arguments)
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: --"), done.stderr
-    assert message in lines[0]
-    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{script}: error: --") and message in line
+    assert (done.returncode, done.stdout) == (2, "")
     assert files_below(folder) == before
+
+
+PARSERS = {
+    "generation.py": cli.create_generation_parser,
+    "augmentation.py": cli.create_augmentation_parser,
+    "noisecutmix.finetune": finetune.create_parser,
+    "noisecutmix.compare": compare.create_parser,
+}
+
+
+@pytest.mark.parametrize("script", PARSERS)
+@pytest.mark.parametrize("number", ["nan", "inf", "-1", "x", "1" * 500, "1e308"])
+def test_every_flag_of_a_number_has_a_range(script, number):
+    parser = PARSERS[script]()
+    actions = [action for action in parser._actions if getattr(action.type, "__qualname__", "").startswith("as_number")]
+    assert len(actions) > 5
+    for action in actions:
+        with pytest.raises(InputError, match="has to be a") as refusal:
+            parser.parse_args([action.option_strings[0], *(action.nargs or 1) * [number]])
+        assert refusal.value.option == action.dest
 
 
 def test_a_missing_checkpoint_is_reported_with_its_folder(folder):
@@ -272,14 +280,11 @@ def test_a_checkpoint_may_hold_its_lora_as_bin(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "mps"])
-def test_a_missing_gpu_is_reported(run_script, tmp_path, device):
+def test_a_missing_gpu_is_reported(tmp_path, device):
     if device == "mps" and sys.platform == "darwin":
         pytest.skip("it may be there")
-    done = run_script("generation.py", "--data_name=digits", f"--device={device}", "--output_dir=new")
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"generation.py: error: --device: {device} is not there")
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "new").exists()
+    flags = ["--data_name=digits", f"--device={device}", "--output_dir=new"]
+    assert refusal_of(tmp_path, "generation.py", *flags).startswith(f"--device: {device} is not there")
 
 
 @pytest.mark.parametrize("script", BOTH)

@@ -7,6 +7,7 @@ does. The runs alternate, and medians are shown. Each run is a process of its ow
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -21,8 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "ckpts" / "digits"))
+import train as digits  # noqa: E402 (the script of the demo lies in no package)
+
 SIZES = {"12 megapixels": (4000, 3000, 96), "500x375": (500, 375, 384)}  # width, height, number of photos
-WORKERS, PASSES, CLASSES, TIMED = 2, 3, 4, 48
+WORKERS, PASSES, CLASSES, TIMED = (0, 1, 2), 3, 4, 48
+MEGAPIXELS = next(iter(SIZES))
 TRANSFORM = (
     "from timm.data import create_transform; transform = create_transform((3, 224, 224), is_training=True, "
     "scale=(0.08, 1.0), hflip=0.5, color_jitter=0.4)"
@@ -109,25 +114,85 @@ def run(root: Path, *arguments: str) -> tuple[str, float]:
     return done.stdout, time.perf_counter() - start
 
 
-def time_reading(root: Path, code: str, **values: str) -> float:
+def time_reading(root: Path, code: str, **values: str | int) -> float:
     """Return milliseconds per picture after the first pass."""
-    code = ("import time; import torch\n" + code + TIME).replace("{reduce}", values.pop("reduce", ""))
-    first = len(list(Path(values["photos"]).rglob("*.jpg")))
-    for name, value in {"workers": WORKERS, "passes": PASSES, "first": first, "timed": 2 * TIMED, **values}.items():
+    code = ("import time; import torch\n" + code + TIME).replace("{reduce}", str(values.pop("reduce", "")))
+    first = len(list(Path(str(values["photos"])).rglob("*.jpg")))
+    for name, value in {"passes": PASSES, "first": first, "timed": 2 * TIMED, **values}.items():
         code = code.replace(f"{{{name}!r}}", repr(value)).replace(f"{{{name}}}", str(value))
     return float(run(root, "-c", code)[0])
 
 
-def time_comparison(root: Path, photos: Path, output_dir: Path) -> tuple[float, float]:
+def time_comparison(root: Path, photos: Path, output_dir: Path, workers: int) -> tuple[float, float]:
     """Return the seconds of a comparison of three rows, two seeds and five epochs, and peak memory in MB of a process.
 
     The classifier averages the picture in 16 parts, so that the photos alone decide how long it takes.
     """
     flags = [f"--train_dir={photos / 'train'}", f"--test_dir={photos / 'test'}", f"--output_dir={output_dir}"]
-    flags += ["--rows", "none", "cutmix", "mixup", "--seeds=2", "--epochs=5", f"--num_workers={WORKERS}"]
+    flags += ["--rows", "none", "cutmix", "mixup", "--seeds=2", "--epochs=5", f"--num_workers={workers}"]
     flags += ["--model=cheap", "--no_pretrained", "--image_size=224", "--batch_size=8", "--device=cpu"]
     output, seconds = run(root, "-c", COMPARE, *flags)
     return seconds, float(output.split()[-1])
+
+
+def measure_speed(size: str, folder: Path, options: argparse.Namespace) -> None:
+    """Print the table of one size of photos by the number of processes that read."""
+    photos = folder / size
+    write_photos(photos, *SIZES[size])
+    train, copies = str(photos / "train"), str(folder / "copies")
+    print(f"\n{size}, {SIZES[size][2]} photos: ms per picture after the first pass; seconds of the comparison; its MB")
+    print("| processes that read | before | now | timm | before | now | before | now |\n" + 8 * "|---" + "|")
+    for workers in options.workers:
+        reading: dict[str, list[float]] = {"before": [], "now": [], "timm": []}
+        whole: dict[str, list[tuple[float, float]]] = {"before": [], "now": []}
+        same = {"photos": train, "workers": workers}
+        for _ in range(options.runs):
+            reading["before"].append(time_reading(options.before, OURS, **same))
+            reading["now"].append(time_reading(ROOT, OURS, **same, reduce=REDUCE, copies=copies))
+            reading["timm"].append(time_reading(ROOT, TIMM, **same))
+        for number in range(options.comparisons):
+            for version, root in (("before", options.before), ("now", ROOT)):
+                output_dir = folder / f"{version} {size} {workers} {number}"
+                whole[version].append(time_comparison(root, photos, output_dir, workers))
+        cells = [f"{statistics.median(values):.1f}" for values in reading.values()]
+        cells += [f"{statistics.median(seconds for seconds, _ in values):.0f}" for values in whole.values() if values]
+        cells += [f"{max(megabytes for _, megabytes in values):.0f}" for values in whole.values() if values]
+        print(f"| {workers} |", " | ".join(cells), "|", flush=True)
+
+
+def measure_memory(folder: Path) -> None:
+    """Print the largest process's memory in comparisons of more and more photos."""
+    for count in (48, 96, 192):
+        photos = folder / f"{count} photos"
+        write_photos(photos, *SIZES[MEGAPIXELS][:2], count)
+        seconds, megabytes = time_comparison(ROOT, photos, folder / f"comparison of {count}", 2)
+        print(f"{count} photos of {MEGAPIXELS}: at most {megabytes:.0f} MB in a process, {seconds:.0f} s", flush=True)
+
+
+def measure_accuracy(folder: Path, before: Path, seeds: int) -> None:
+    """Print the accuracy on digits as large photos: read whole by the version before, and from copies by this one."""
+    images, labels, test_images, test_labels = digits.load_split()
+    chosen = digits.choose_digits(labels, 10)
+    for part, pictures, classes in (("train", images[chosen], labels[chosen]), ("test", test_images, test_labels)):
+        large = np.kron(digits.enlarge(pictures), np.ones((1, 12, 12))).astype(np.uint8)  # 384x384
+        for number, (pixels, label) in enumerate(zip(large, classes)):
+            place = folder / part / digits.CLASS_NAMES[label]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / f"{number}.jpg", quality=92)
+    flags = [f"--train_dir={folder / 'train'}", f"--test_dir={folder / 'test'}", f"--seeds={seeds}", "--epochs=60"]
+    flags += ["--rows", "none", "cutmix", "--model=test_resnet", "--no_pretrained", "--image_size=32"]
+    flags += ["--crop_scale=0.6", "--no_random_flip", "--num_workers=0", "--device=cpu"]
+    top1 = []
+    for version, root in (("before", before), ("now", ROOT)):
+        run(root, "-m", "noisecutmix.compare", *flags, f"--output_dir={folder / version}")
+        results = json.loads((folder / version / "results.json").read_text(encoding="utf-8"))["rows"]
+        top1.append(np.array([results[row]["top1"] for row in ("none", "cutmix")]))
+    difference = top1[1] - top1[0]
+    error = difference.std(1, ddof=1) / seeds**0.5
+    for row, whole, copies, mean, one in zip(
+        ("none", "cutmix"), *(each.mean(1) for each in (*top1, difference)), error
+    ):
+        print(f"{row}: {whole:.2f} % with whole photos, {copies:.2f} with copies ({mean:+.2f} ± {one:.2f})")
 
 
 def main() -> None:
@@ -135,36 +200,20 @@ def main() -> None:
     parser.add_argument("--before", type=Path, required=True, help="checkout of an earlier version")
     parser.add_argument("--runs", type=int, default=3, help="runs of each median of the reading")
     parser.add_argument("--comparisons", type=int, default=1, help="runs of each median of the comparison")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--workers", nargs="+", type=int, default=list(WORKERS), help="numbers of processes that read")
+    parser.add_argument("--memory", action="store_true", help="also the memory of a comparison of more and more photos")
+    parser.add_argument("--accuracy", type=int, default=0, metavar="SEEDS", help="also the accuracy with copies")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("pillow", "torch", "timm"))
-    for name in options.sizes:
-        photos = folder / name
-        write_photos(photos, *SIZES[name])
-        train, copies = str(photos / "train"), str(folder / "copies")
-        reading: dict[str, list[float]] = {"before": [], "now": [], "timm": []}
-        whole: dict[str, list[tuple[float, float]]] = {"before": [], "now": []}
-        for _ in range(options.runs):
-            reading["before"].append(time_reading(options.before, OURS, photos=train))
-            reading["now"].append(time_reading(ROOT, OURS, photos=train, reduce=REDUCE, copies=copies))
-            reading["timm"].append(time_reading(ROOT, TIMM, photos=train))
-        for number in range(options.comparisons):
-            for version, root in (("before", options.before), ("now", ROOT)):
-                whole[version].append(time_comparison(root, photos, folder / f"{version} {name} {number}"))
-        medians = {version: statistics.median(values) for version, values in reading.items()}
-        seconds = {version: statistics.median(one for one, _ in values) for version, values in whole.items()}
-        memory = {version: max(one for _, one in values) for version, values in whole.items()}
-        print(f"\n{name}, {SIZES[name][2]} photos, {WORKERS} processes that read; {versions}")
-        print("| | before | now | timm |\n|---|---|---|---|")
-        print("| ms per picture after the first pass |", " | ".join(f"{ms:.1f}" for ms in medians.values()), "|")
-        print(f"| seconds of the comparison | {seconds['before']:.1f} | {seconds['now']:.1f} | |")
-        print(f"| MB of the largest process | {memory['before']:.0f} | {memory['now']:.0f} | |")
-        print(
-            f"now reads {medians['before'] / medians['now']:.1f} times as fast as before, "
-            f"{medians['timm'] / medians['now']:.1f} times as fast as timm; "
-            f"the comparison is {seconds['before'] / seconds['now']:.1f} times as fast as before"
-        )
+    print(", ".join(f"{name} {metadata.version(name)}" for name in ("pillow", "torch", "timm")))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for size in options.sizes:
+            measure_speed(size, folder, options)
+        if options.memory:
+            measure_memory(folder)
+        if options.accuracy:
+            measure_accuracy(folder / "digits", options.before, options.accuracy)
 
 
 if __name__ == "__main__":
