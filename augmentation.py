@@ -28,10 +28,10 @@ def main() -> None:
 
     # slow imports, once the arguments are checked
     script.say("loading the libraries")
-    from noisecutmix.files import describe_program
+    from noisecutmix.files import describe_program, pin_model
     from noisecutmix.folder import OutputFolder, describe_data, read_run
     from noisecutmix.plan import Plan
-    from noisecutmix.sources import find_commit, pin_model
+    from noisecutmix.sources import find_commit
 
     classes, dtype = options.classes, options.dtype or default_dtype(device)
     plan = Plan(num_classes=len(classes.names), **cli.plan_arguments(options))

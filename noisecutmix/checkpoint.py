@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from .classes import EMBEDDINGS_FILE, LORA_FILE, find_repeated, normalise
 from .errors import InputError, first_line, is_out_of_memory
-from .files import atomic_file
+from .files import write_file
 from .lora import Tensors, fuse_lora, is_finite, load_pickle, read_lora, refusal
 from .quiet import quiet_libraries
 from .ranges import default_dtype
@@ -264,5 +264,4 @@ def save_checkpoint(
     pickled = io.BytesIO()
     torch.save({"learned_embeds_dict": learned, "name2placeholder": names, "placeholder2name": tokens}, pickled)
     for file_name, content in ((EMBEDDINGS_FILE, pickled.getvalue()), (LORA_FILE, save(tensors))):
-        with atomic_file(folder / file_name) as file:
-            file.write(content)
+        write_file(folder / file_name, content)

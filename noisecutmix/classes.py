@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import read_json
+from .files import pin_model, read_json
 
 META_CLASSES = {"cub": "bird", "flower": "flower", "aircraft": "aircraft", "digits": "digit"}
 DEFAULT_PROMPT = "a photo of a {name} {meta_class}"
@@ -80,9 +80,7 @@ def _read_finetuned(folder: Path) -> Classes:
         command = shlex.join(_command_of(settings))
         raise InputError(f"the training in {folder} has no checkpoint yet; continue it with: {command}", "data_name")
     classes = _read_classes(folder / CLASSES_FILE)
-    model = settings["model"]
-    if commit := settings.get("model_commit"):  # of a hub model, whose repository may have moved
-        model = f"{model.partition('@')[0]}@{commit}"
+    model = pin_model(settings["model"], settings)
     return dataclasses.replace(classes, model=model, resolution=settings["resolution"], ckpt_path=folder)
 
 
@@ -141,7 +139,12 @@ def without_numbers(class_names: Sequence[str]) -> list[str]:
 
 
 def match_classes(
-    wanted: Sequence[str], names: Sequence[str], wanted_in: str, names_in: str, may_have_more: bool = False
+    wanted: Sequence[str],
+    names: Sequence[str],
+    wanted_in: str,
+    names_in: str,
+    may_have_more: bool = False,
+    option: str = "",
 ) -> list[int]:
     """Return the place of each wanted class among the names of another source, which have to be the same classes.
 
@@ -152,13 +155,14 @@ def match_classes(
         wanted, names: the class names of the two sources, in their own orders.
         wanted_in, names_in: what the messages call the sources.
         may_have_more: whether there may be names that are not wanted.
+        option: the parameter that the messages name.
 
     Raises:
         InputError: a class is in one source only, or two names of a source count as the same.
     """
     for source, originals in ((wanted_in, wanted), (names_in, names)):
-        if not all(isinstance(name, str) for name in originals):
-            raise InputError(f"{source}: class names have to be texts, not {originals[0]!r}")
+        if wrong := [name for name in originals if not isinstance(name, str)]:
+            raise InputError(f"{source}: class names have to be texts, not {wrong[0]!r}", option)
     pairs = [(here, there) for here in _spellings(wanted) for there in _spellings(names)]
     fitting = [(here, there) for here, there in pairs[:-1] if here.keys() <= there.keys()]
     if not may_have_more:
@@ -167,13 +171,13 @@ def match_classes(
     for keys, originals, source in ((here, wanted, wanted_in), (there, names, names_in)):
         if places := _find_pair(keys):
             first, second = (originals[place] for place in places)
-            raise InputError(f"{source}: the classes {first!r} and {second!r} count as the same; rename one")
+            raise InputError(f"{source}: the classes {first!r} and {second!r} count as the same; rename one", option)
     both = ((here, there, wanted, wanted_in, names_in), (there, here, names, names_in, wanted_in))
     for keys, others, originals, source, other_source in both[:1] if may_have_more else both:
         for key, (place,) in keys.items():
             if key not in others:
-                name = originals[place]
-                raise InputError(f"{other_source} has no class {name!r}, which is in {source}; both need the same")
+                lack = f"{other_source} has no class {originals[place]!r}, which is in {source}; both need the same"
+                raise InputError(lack, option)
     return [there[key][0] for key in here]
 
 

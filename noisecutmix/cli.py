@@ -119,7 +119,7 @@ def generator_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def create_generation_parser() -> Parser:
     parser, output = _create_parser("Draw a few NoiseCutMix pictures: gen_0000.png … and preview.png.")
-    _add_number(output, "num_gen", 8, "N", "pictures to draw")
+    add_number(output.add_argument, "num_gen", 8, "N", "pictures to draw")
     by_name = "the boxes: its name, or its label where no name is a number (default: random)"
     output.add_argument("--target_class", metavar="CLASS", help=f"class inside {by_name}")
     output.add_argument("--aug_class", metavar="CLASS", help=f"class outside {by_name}")
@@ -131,7 +131,7 @@ def create_augmentation_parser() -> Parser:
     parser, output = _create_parser(
         "Build a data set: image/, mask/, metadata.jsonl and soft_label.npy. After a stop, the same command continues."
     )
-    _add_number(output, "num_aug", 10, "N", "pictures in the data set")
+    add_number(output.add_argument, "num_aug", 10, "N", "pictures in the data set")
     verify = "check every pixel and label of an earlier run; takes 10 ms a picture of 512x512"
     output.add_argument("--verify", action="store_true", help=verify)
     _add_shared_arguments(parser)
@@ -210,8 +210,10 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--prompt", type=as_text, default=DEFAULT_PROMPT, metavar="TEXT", help=prompt_help)
 
     method = parser.add_argument_group("method")
-    _add_number(method, "alpha", 1.0, "A", "parameter of CutMix's Beta(alpha, alpha)")
-    _add_number(method, "guidance_scale", 7.5, "W", "classifier-free guidance; a value up to 1 turns it off")
+    add_number(method.add_argument, "alpha", 1.0, "A", "parameter of CutMix's Beta(alpha, alpha)")
+    add_number(
+        method.add_argument, "guidance_scale", 7.5, "W", "classifier-free guidance; a value up to 1 turns it off"
+    )
     method.add_argument(
         "--guidance_interval",
         type=as_number(RANGES["guidance_interval"]),
@@ -222,12 +224,12 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     single = "draw the target class alone, with a white mask and a one-hot label: the method's baseline"
     method.add_argument("--single_class", action="store_true", help=single)
-    _add_number(method, "num_inference_steps", 25, "N", "denoising steps")
-    _add_number(method, "seed", 0, "S", "determines classes, boxes and noise")
-    _add_number(method, "resolution", None, "PIXELS", "side of a picture (default: the data set's)")
+    add_number(method.add_argument, "num_inference_steps", 25, "N", "denoising steps")
+    add_number(method.add_argument, "seed", 0, "S", "determines classes, boxes and noise")
+    add_number(method.add_argument, "resolution", None, "PIXELS", "side of a picture (default: the data set's)")
 
     machine = add_machine_flags(parser, "type of the weights (default: float16 on cuda, else float32)")
-    _add_number(machine, "batch_size", 8, "N", "pictures in a batch")
+    add_number(machine.add_argument, "batch_size", 8, "N", "pictures in a batch")
     machine.add_argument("--compile", action="store_true", help="compile the model first; worthwhile in long runs")
 
 
@@ -240,6 +242,14 @@ def add_machine_flags(parser: argparse.ArgumentParser, dtype_help: str) -> Any:
     return machine
 
 
+def add_number(
+    add: Any, name: str, default: float | None, metavar: str, meaning: str, valid: Range | None = None
+) -> None:
+    """Add the flag of a number, whose range is that of its name in `RANGES` unless `valid` gives another one."""
+    meaning += "" if default is None else " (default: %(default)s)"
+    add(f"--{name}", type=as_number(valid or RANGES[name]), default=default, metavar=metavar, help=meaning)
+
+
 def add_source_flags(add: Any, folder: str) -> None:
     """Add the flags that say which pictures of a folder are for training, and how their classes are named."""
     split = "of a published data set, whether its validation pictures are for training, too (default: trainval)"
@@ -248,11 +258,6 @@ def add_source_flags(add: Any, folder: str) -> None:
     add("--train_list", type=as_path, metavar="FILE", help=pictures)
     names = "JSON file with the class name of each folder, an object or a list"
     add("--class_names", type=as_path, metavar="FILE", help=names)
-
-
-def _add_number(group: Any, name: str, default: float | None, metavar: str, meaning: str) -> None:
-    meaning += "" if default is None else " (default: %(default)s)"
-    group.add_argument(f"--{name}", type=as_number(RANGES[name]), default=default, metavar=metavar, help=meaning)
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:

@@ -47,7 +47,6 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
     ):
         self.root = Path(root).absolute()  # so that the working directory may change later
         self.transform = transform
-        self._stored_labels: np.ndarray | None = None
         record = read_run(self.root, "root")
         if record is None or not isinstance(own_names := record["options"].get("class_names"), list):
             raise InputError(f"{self.root} has no run.json with class names; it is not a data set of augmentation.py")
@@ -67,19 +66,17 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         """All soft labels: float32, (items, num_classes); in the data set's own order memory-mapped and read-only."""
         return self._labels if self._order is None else self._labels[:, self._order]
 
-    @property
+    @cached_property
     def _labels(self) -> np.ndarray:
-        if self._stored_labels is None:
-            try:
-                labels = np.load(self.root / LABELS_FILE, mmap_mode="r", allow_pickle=False)
-                if labels.shape != (len(labels), self.num_classes) or not len(labels) or labels.dtype != np.float32:
-                    raise ValueError(f"it holds {labels.dtype} of the shape {labels.shape}")
-            except OSError:
-                raise
-            except Exception as error:  # numpy raises many kinds of errors for a damaged header
-                raise self._unfit(f"{LABELS_FILE} is damaged") from error
-            self._stored_labels = labels
-        return self._stored_labels
+        try:
+            labels: np.ndarray = np.load(self.root / LABELS_FILE, mmap_mode="r", allow_pickle=False)
+            if labels.shape != (len(labels), self.num_classes) or not len(labels) or labels.dtype != np.float32:
+                raise ValueError(f"it holds {labels.dtype} of the shape {labels.shape}")
+        except OSError:
+            raise
+        except Exception as error:  # numpy raises many kinds of errors for a damaged header
+            raise self._unfit(f"{LABELS_FILE} is damaged") from error
+        return labels
 
     @property
     def num_classes(self) -> int:
@@ -107,10 +104,8 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         index = range(len(self))[index]
         try:
             item: dict[str, Any] = json.loads(self._metadata_lines[index])
-            labels = {name: item[name] for name in ("target_label", "aug_label") if item.get(name) is not None}
-            places = {
-                name: label if self._order is None else self._order.index(label) for name, label in labels.items()
-            }
+            order = self._order or range(self.num_classes)
+            places = {name: order.index(item[name]) for name in ("target_label", "aug_label")}
         except (ValueError, LookupError, TypeError) as error:
             raise self._unfit(f"{METADATA_FILE} is damaged") from error
         return {**item, **places}
@@ -126,10 +121,8 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         return (self.root / METADATA_FILE).read_bytes().split(b"\n")
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_stored_labels": None}  # a worker maps the file itself
-        for name in ("file_names", "_metadata_lines"):
-            state.pop(name, None)
-        return state
+        made_on_use = ("_labels", "file_names", "_metadata_lines")  # a worker maps the file itself
+        return {name: value for name, value in self.__dict__.items() if name not in made_on_use}
 
     def _check_files(self, num_planned: int) -> None:
         """Raise an InputError if a file is missing."""

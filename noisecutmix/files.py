@@ -50,16 +50,19 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
 def create_file(path: Path, content: bytes) -> bool:
     """Create a file unless it exists, and return whether it was created.
 
     Of several processes that do so at once, one succeeds, and no file is replaced; an empty file counts as missing.
     """
     with _temporary_name(path) as temporary:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(temporary, content)
         try:
             os.link(temporary, path)
             return True
@@ -98,6 +101,17 @@ def read_record(file: Path, option: str, **kinds: type) -> dict[str, Any] | None
     return read_json(file, option, **kinds) if os.path.isfile(file) and os.path.getsize(file) else None
 
 
+def pin_model(model: str, record: dict[str, Any] | None) -> str:
+    """Return a hub model at the commit with which a folder was begun: its repository may have moved since.
+
+    Args:
+        model: as the user gives it.
+        record: the content of run.json or finetune.json, None if there is none.
+    """
+    commit = record.get("model_commit") if record and record.get("model") == model else None
+    return f"{model.partition('@')[0]}@{commit}" if commit else model
+
+
 def check_same(root: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise an InputError unless a folder was made with the same options."""
     if differences := describe_differences(there, now):
@@ -132,8 +146,7 @@ def write_png(path: Path, image: Image.Image, comment: str = "") -> None:
     if comment:
         chunks.add_text("Comment", comment)
     image.save(buffer, "PNG", compress_level=1, pnginfo=chunks)
-    with atomic_file(path) as file:
-        file.write(buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def first_bytes_of_png(side: int, mode: str, comment: str) -> bytes:
@@ -145,14 +158,14 @@ def first_bytes_of_png(side: int, mode: str, comment: str) -> bytes:
     return start.getvalue()
 
 
-def has_ends_of_png(file: Path, first_bytes: bytes) -> bool:
-    """Return whether a file is there, starts with these bytes, and ends as a PNG does, that is, is complete."""
+def has_ends(file: Path, first_bytes: bytes, last_bytes: bytes) -> bool:
+    """Return whether a file is there, starts with these bytes, and ends with those, that is, is complete."""
     try:
         with open(file, "rb", buffering=0) as content:
             if content.read(len(first_bytes)) != first_bytes:
                 return False
-            content.seek(-len(PNG_END), os.SEEK_END)
-            return content.read() == PNG_END
+            content.seek(-len(last_bytes), os.SEEK_END)
+            return content.read() == last_bytes
     except (FileNotFoundError, IsADirectoryError):
         return False
 

@@ -221,7 +221,8 @@ class OutputFolder:
 
     def _is_whole(self, part: str, index: int, every_pixel: bool) -> bool:
         file, side = self._path(part, index), self.plan.resolution
-        if not files.has_ends_of_png(file, files.first_bytes_of_png(side, MODES[part], self._comment(index))):
+        first_bytes = files.first_bytes_of_png(side, MODES[part], self._comment(index))
+        if not files.has_ends(file, first_bytes, files.PNG_END):
             return False
         if not every_pixel:
             return True
@@ -272,6 +273,8 @@ class OutputFolder:
             "target_name": self.class_names[item.target],
             "aug_label": item.aug,
             "aug_name": self.class_names[item.aug],
-            **item.description(),
+            "ratio": item.ratio,
+            "box": item.box,
+            "seed": item.noise_seed,
         }
         return f"{JSON_ENCODER.encode(content)}\n".encode()

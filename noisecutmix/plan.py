@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -104,10 +103,6 @@ class Item:
     def mask(self) -> Image.Image:
         """Return the mask, "L": 255 where the target class is drawn, 0 where the aug class is."""
         return draw_mask(self.box, self.resolution, self.resolution)
-
-    def description(self) -> dict[str, Any]:
-        """Return what metadata.jsonl says of the mask and the noise, as JSON values."""
-        return {"ratio": self.ratio, "box": self.box, "seed": self.noise_seed}
 
     def soft_label(self, num_classes: int) -> np.ndarray:
         """Return r * onehot(target) + (1 - r) * onehot(aug): float32, (num_classes,), sum 1."""

@@ -5,7 +5,6 @@ import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -60,17 +59,6 @@ def find_commit(model: str) -> str | None:
     """Return the commit of a hub model in the cache, None for a local folder."""
     folder = None if Path(model).is_dir() else _find_cached(model)
     return folder.name if folder else None
-
-
-def pin_model(model: str, record: dict[str, Any] | None) -> str:
-    """Return a hub model at the commit with which a folder was begun: its repository may have moved since.
-
-    Args:
-        model: as the user gives it.
-        record: the content of run.json or finetune.json, None if there is none.
-    """
-    commit = record.get("model_commit") if record and record.get("model") == model else None
-    return f"{model.partition('@')[0]}@{commit}" if commit else model
 
 
 def read_vae_factor(model: str) -> int:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .. import launch, script
-from ..cli import Parser, add_machine_flags, add_source_flags, as_number, as_path, as_text
+from ..cli import Parser, add_machine_flags, add_number, add_source_flags, as_path, as_text
 from ..errors import InputError, RunError, is_out_of_memory
 from ..files import check_writable, read_record
 from ..photos import Source, check_photos, find_archive
@@ -50,9 +50,9 @@ def create_parser() -> Parser:
     tests = "text or CSV file: path below --train_dir and class of each picture for the test"
     add("--test_list", type=as_path, metavar="FILE", help=tests)
     share = "share of --train_dir, chosen by the seed, that is only for the test"
-    add("--test_share", type=as_number(Range(float, 0.01, 0.99)), default=0.2, metavar="P", help=share + default)
+    add_number(add, "test_share", 0.2, "P", share, Range(float, 0.01, 0.99))
     few = "training pictures per class, chosen by the seed (default: all)"
-    add("--examples_per_class", type=as_number(COUNT), metavar="N", help=few)
+    add_number(add, "examples_per_class", None, "N", few, COUNT)
     sets = "a folder of augmentation.py, and a name for it; may be given several times"
     add("--augmented", type=as_named_folder, action="append", default=[], metavar="NAME=DIR", help=sets)
 
@@ -61,12 +61,11 @@ def create_parser() -> Parser:
     rows = "none, mixup, cutmix, NAME, mixup+NAME, cutmix+NAME (default: none, cutmix, each NAME and cutmix+NAME)"
     add("--rows", nargs="+", metavar="ROW", help=f"ways to train: {rows}")
     add("--baseline", default="cutmix", metavar="ROW", help="row to compare the others with" + default)
-    add("--seeds", type=as_number(Range(int, 1, 1000)), default=5, metavar="N", help="classifiers per row" + default)
-    add("--seed", type=as_number(RANGES["seed"]), default=0, metavar="S", help="seed of all random choices" + default)
-    probability = "share of real pictures that augmented ones replace"
-    add("--probability", type=as_number(SHARE), default=0.1, metavar="P", help=probability + default)
+    add_number(add, "seeds", 5, "N", "classifiers per row", Range(int, 1, 1000))
+    add_number(add, "seed", 0, "S", "seed of all random choices")
+    add_number(add, "probability", 0.1, "P", "share of real pictures that augmented ones replace", SHARE)
     keep = "share of each augmented set that is used: where the loss of row none's first classifier is lowest"
-    add("--keep", type=as_number(Range(float, 0.01, 1)), default=1.0, metavar="P", help=keep + default)
+    add_number(add, "keep", 1.0, "P", keep, Range(float, 0.01, 1))
     weights = "keep the first classifier of each row in weights/, and print how to use it"
     add("--save_weights", action="store_true", help=weights)
     report = "only print the accuracies of the classifiers that are trained already"
@@ -80,29 +79,26 @@ def create_parser() -> Parser:
     add("--model", type=as_text, default="resnet50", metavar="NAME", help="any model of timm" + default)
     pretrained = "begin with random weights"
     add("--no_pretrained", dest="pretrained", action="store_false", help=pretrained)
-    add("--epochs", type=as_number(COUNT), default=100, metavar="N", help="passes over the real pictures" + default)
-    add("--batch_size", type=as_number(RANGES["batch_size"]), default=32, metavar="N", help="pictures a step" + default)
-    add("--learning_rate", type=as_number(RATE), default=0.02, metavar="LR", help="peak learning rate of SGD" + default)
-    warm_up = "share of the steps in which the learning rate rises"
-    add("--warm_up", type=as_number(SHARE), default=0.05, metavar="P", help=warm_up + default)
-    add("--weight_decay", type=as_number(RATE), default=5e-4, metavar="W", help="weight decay of SGD" + default)
-    mixed = "share of the batches that rows with mixup and cutmix mix"
-    add("--mix_probability", type=as_number(SHARE), default=0.5, metavar="P", help=mixed + default)
+    add_number(add, "epochs", 100, "N", "passes over the real pictures", COUNT)
+    add_number(add, "batch_size", 32, "N", "pictures a step")
+    add_number(add, "learning_rate", 0.02, "LR", "peak learning rate of SGD", RATE)
+    add_number(add, "warm_up", 0.05, "P", "share of the steps in which the learning rate rises", SHARE)
+    add_number(add, "weight_decay", 5e-4, "W", "weight decay of SGD", RATE)
+    add_number(add, "mix_probability", 0.5, "P", "share of the batches that rows with mixup and cutmix mix", SHARE)
     side = "side of the classifier's pictures in pixels (default: the model's)"
-    add("--image_size", type=as_number(RANGES["resolution"]), metavar="PIXELS", help=side)
+    add_number(add, "image_size", None, "PIXELS", side, RANGES["resolution"])
     resize = "scale a picture to a square of this side and crop it at random; without it, crops vary in size and shape"
-    add("--resize", type=as_number(RANGES["resolution"]), metavar="PIXELS", help=resize)
+    add_number(add, "resize", None, "PIXELS", resize, RANGES["resolution"])
     crop = "smallest share of a picture that a random crop of the training shows"
-    add("--crop_scale", type=as_number(Range(float, 0.01, 1)), default=0.08, metavar="P", help=crop + default)
+    add_number(add, "crop_scale", 0.08, "P", crop, Range(float, 0.01, 1))
     jitter = "largest random change of brightness, contrast and saturation, as a share"
-    add("--color_jitter", type=as_number(SHARE), default=0.4, metavar="P", help=jitter + default)
+    add_number(add, "color_jitter", 0.4, "P", jitter, SHARE)
     flip = "do not mirror half of the training pictures at random"
     add("--no_random_flip", dest="random_flip", action="store_false", help=flip)
 
     dtypes = "type of the computation (default: float16 on cuda, else float32); weights are float32"
     add = add_machine_flags(parser, dtypes).add_argument
-    workers = "processes that read pictures"
-    add("--num_workers", type=as_number(Range(int, 0, 256)), default=4, metavar="N", help=workers + default)
+    add_number(add, "num_workers", 4, "N", "processes that read pictures", Range(int, 0, 256))
     return parser
 
 

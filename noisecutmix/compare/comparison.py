@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import launch, log, script
 from ..errors import InputError, RunError
-from ..files import atomic_file, check_same, create_file, describe_program, read_record, write_png
+from ..files import atomic_file, check_same, create_file, describe_program, read_record, write_file, write_png
 from ..photos import Photos
 from .copies import reduce_photos
 from .recipe import Recipe, read_row
@@ -209,18 +209,15 @@ class Comparison:
         mix, name = read_row(row)
         classifier, state_file = self._create_classifier(derive_seed(self.seed, number)), self.state_file(job)
         log_file, taken = self.root / "logs" / f"{row}_seed{number}.csv", 0
-        logs = not (self._files_of_begun(job) and log.is_written(log_file))  # else by another process
+        log.tidy(log_file)
 
         def after_step(step: int, loss: float, learning_rate: float) -> None:
             nonlocal taken
             taken += 1
             if taken == 1:
                 bar.total -= step - 1  # of an earlier start
-            if taken == 1 and logs:
-                log.cut(log_file, step - 1)
             epoch = step * self.recipe.batch_size / len(self.train.files)
-            if logs:
-                log.append(log_file, step=step, epoch=f"{epoch:.3f}", loss=loss, learning_rate=learning_rate)
+            log.append(log_file, step=step, epoch=f"{epoch:.3f}", loss=loss, learning_rate=learning_rate)
             bar.update()
             pictures = self.recipe.batch_size * (bar.format_dict["rate"] or 0)
             bar.set_postfix_str(f"loss {loss:.3f}, {pictures:.0f} pictures/s", refresh=False)
@@ -233,6 +230,7 @@ class Comparison:
 
         with atomic_file(self.result_file(job)) as file:  # its temporary name tells the others that the job has begun
             classifier.train(self.train, augmented if name else None, mix, state_file, after_step)
+            log.tidy(log_file)
             probabilities = classifier.predict(lambda transform: RealPictures(self.test, transform))
             predictions = probabilities.astype(np.float16)
             rounded = np.flatnonzero(predictions.argmax(1) != probabilities.argmax(1))  # two classes became equal
@@ -242,8 +240,7 @@ class Comparison:
                 self._measure_losses(classifier, 100 * float((predictions.argmax(1) == self.test.labels).mean()))
             if self.saves_weights and number == 0:
                 self.weights_file(row).parent.mkdir(exist_ok=True)
-                with atomic_file(self.weights_file(row)) as weights:
-                    weights.write(classifier.to_safetensors(self.train.class_names))
+                write_file(self.weights_file(row), classifier.to_safetensors(self.train.class_names))
             np.save(file, predictions)
         state_file.unlink(missing_ok=True)
 

@@ -5,18 +5,18 @@ import io
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from .. import launch, script
-from ..files import atomic_file
+from ..files import has_ends, write_file
 from ..photos import Photos, read_size
 
 MIN_RATIO = 1.5  # of a photo's shorter side to its copy's: smaller photos are used as they are
 JPEG_OPTIONS = {"quality": 95, "subsampling": "4:2:0"}
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,14 @@ def reduce_photos(photos: Photos, hashes: Sequence[str], folder: Path, side: int
 
     def make(index: int) -> None:
         copy = reduced.copies[index]
-        if copy and not _is_whole(copy):  # another process may have made it by now
-            with contextlib.suppress(FileNotFoundError), atomic_file(copy) as file:  # the others may have finished
-                file.write(reduced.encode(index))
+        if copy and not has_ends(copy, *JPEG_ENDS):  # another process may have made it by now
+            with contextlib.suppress(FileNotFoundError):  # the others may have finished, and removed the folder
+                write_file(copy, reduced.encode(index))
 
     pool = ThreadPoolExecutor()
     try:
-        own = {field.name: getattr(photos, field.name) for field in fields(Photos)}
-        reduced = ReducedPhotos(**own, copies=tuple(pool.map(name_copy, photos.files, hashes)), side=side)
-        missing = [index for index, copy in enumerate(reduced.copies) if copy and not _is_whole(copy)]
+        reduced = ReducedPhotos(**vars(photos), copies=tuple(pool.map(name_copy, photos.files, hashes)), side=side)
+        missing = [index for index, copy in enumerate(reduced.copies) if copy and not has_ends(copy, *JPEG_ENDS)]
         if missing:
             folder.mkdir(exist_ok=True)
         random.Random().shuffle(missing)  # processes that begin at the same time make different ones
@@ -86,14 +85,3 @@ def reduce_photos(photos: Photos, hashes: Sequence[str], folder: Path, side: int
     finally:
         pool.shutdown(cancel_futures=True)
     return reduced
-
-
-def _is_whole(copy: Path) -> bool:
-    try:
-        with open(copy, "rb") as file:
-            if file.read(2) != JPEG_START:
-                return False
-            file.seek(-2, 2)
-            return file.read() == JPEG_END
-    except (OSError, ValueError):
-        return False

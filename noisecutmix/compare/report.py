@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import launch
-from ..files import atomic_file, write_png
+from ..files import write_file, write_png
 from .comparison import MIN_ACCURACY, REFERENCE, Comparison, describe_weak_reference
 from .figures import count_confusions, draw_gained_and_lost, plot_accuracies, plot_confusions
 from .recipe import read_row
@@ -128,8 +128,7 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         ("per_class.csv", format_classes(of_classes, counts, class_names, test_labels).encode()),
         *figures.items(),
     ):
-        with atomic_file(comparison.root / name) as file:
-            file.write(content)
+        write_file(comparison.root / name, content)
     if launch.is_first_process():
         print(text)
 

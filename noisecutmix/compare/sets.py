@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..classes import FINETUNE_FILE, load_classes, match_classes
 from ..errors import InputError
-from ..files import atomic_file, read_json
+from ..files import read_record, write_file
 from ..folder import LABELS_FILE, read_run
 from ..photos import Photos, Source, find_archive, find_photos, split_photos
 from ..sources import fingerprint_checkpoint
@@ -39,8 +39,8 @@ class AugmentedSet(NamedTuple):
 
     pictures: "AugmentedDataset"
     files: list[Path]
-    seen: tuple[int, int | None, int] | None
     fingerprint: str
+    seen: tuple[int, int | None, int] | None = None
     checkpoint: str = ""
 
 
@@ -74,10 +74,7 @@ def load_photos(
     test_source = Source(list_file=test_list, class_names=source.class_names)
     test = find_photos(test_dir or train_dir, option=option, is_test=True, source=test_source)
     where = str(test_dir or test_list or train_dir)
-    try:
-        places = match_classes(test.class_names, train.class_names, where, "--train_dir", may_have_more=True)
-    except InputError as error:
-        raise InputError(str(error), option) from error
+    places = match_classes(test.class_names, train.class_names, where, "--train_dir", may_have_more=True, option=option)
     if both := set(map(Path.resolve, train.files)) & set(map(Path.resolve, test.files)):
         raise InputError(f"{min(both)} is among those for training, too; the test needs pictures of its own", option)
     labels = tuple(places[label] for label in test.labels)
@@ -94,22 +91,12 @@ def load_photos(
 
 def write_table(file: Path, photos: Photos) -> None:
     """Write a CSV file: path below the folder, label and class of each picture."""
-    with atomic_file(file) as content:
-        lines = io.TextIOWrapper(content, encoding="utf-8", errors="surrogateescape", newline="")
-        table = csv.writer(lines, lineterminator="\n")
-        table.writerow(("file", "label", "class"))
-        for picture, label in zip(photos.files, photos.labels):
-            table.writerow((picture.relative_to(photos.root).as_posix(), label, photos.class_names[label]))
-        lines.flush()
-        lines.detach()
-
-
-def match_folder(option: str, folder: Path, names: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """Return the place of each class of --train_dir among those of another folder. Raises InputError."""
-    try:
-        return match_classes(wanted, names, "--train_dir", str(folder))
-    except InputError as error:
-        raise InputError(str(error), option) from error
+    lines = io.StringIO()
+    table = csv.writer(lines, lineterminator="\n")
+    table.writerow(("file", "label", "class"))
+    for picture, label in zip(photos.files, photos.labels):
+        table.writerow((picture.relative_to(photos.root).as_posix(), label, photos.class_names[label]))
+    write_file(file, lines.getvalue().encode(errors="surrogateescape"))
 
 
 def hash_pictures(files: Sequence[Path]) -> list[str]:
@@ -137,7 +124,8 @@ def read_set(folder: Path, photos: Photos) -> dict[str, Any]:
     record = read_run(folder, "augmented")
     if record is None or not isinstance(record["options"].get("class_names"), list):
         raise InputError(f"{folder} is not a data set of augmentation.py; give the --output_dir of one", "augmented")
-    match_folder("augmented", folder, record["options"]["class_names"], photos.class_names)
+    names = record["options"]["class_names"]
+    match_classes(photos.class_names, names, "--train_dir", str(folder), option="augmented")
     return record
 
 
@@ -152,28 +140,22 @@ def open_set(folder: Path, photos: Photos, record: dict[str, Any]) -> AugmentedS
         fingerprint = digest(record["options"], labels, hash_pictures(files))
     except InputError as error:
         raise InputError(str(error), "augmented") from error
-    return AugmentedSet(pictures, files, find_seen(record), fingerprint, find_checkpoint(record))
+    return AugmentedSet(pictures, files, fingerprint, *find_generator(record))
 
 
-def find_seen(record: dict[str, Any]) -> tuple[int, int | None, int] | None:
-    """Return which pictures fine-tuning used for the generator of an augmented set (see `AugmentedSet.seen`)."""
-    try:
-        ckpt_path = Path(record["ckpt_path"])
-        options = read_json(ckpt_path / FINETUNE_FILE, "augmented", options=dict)["options"]
-        is_same = fingerprint_checkpoint(ckpt_path) == record["options"]["checkpoint"]
-        seen = (int(options["num_pictures"]), options["examples_per_class"], int(options["seed"]))
-        return seen if is_same else None
-    except (InputError, ValueError, LookupError, TypeError):
-        return None
+def find_generator(record: dict[str, Any]) -> tuple[tuple[int, int | None, int] | None, str]:
+    """Return what fine-tuning used for the generator of an augmented set, and the published checkpoint that it has.
 
-
-def find_checkpoint(record: dict[str, Any]) -> str:
-    """Return which of Diff-Mix's published checkpoints an augmented set was drawn with, "" if none of them."""
+    See `AugmentedSet.seen` and `AugmentedSet.checkpoint`. A checkpoint that is gone or has changed tells nothing.
+    """
     try:
         ckpt_path, options = Path(record["ckpt_path"]), record["options"]
-        if (ckpt_path / FINETUNE_FILE).exists() or fingerprint_checkpoint(ckpt_path) != options["checkpoint"]:
-            return ""
-    except (InputError, LookupError, TypeError):
-        return ""
-    names = (name for name in PUBLISHED if list(load_classes(name).names) == options["class_names"])
-    return next(names, "")
+        if fingerprint_checkpoint(ckpt_path) != options["checkpoint"]:
+            return None, ""
+        if trained := read_record(ckpt_path / FINETUNE_FILE, "augmented", options=dict):
+            own = trained["options"]
+            return (int(own["num_pictures"]), own["examples_per_class"], int(own["seed"])), ""
+        names = (name for name in PUBLISHED if list(load_classes(name).names) == options["class_names"])
+        return None, next(names, "")
+    except (OSError, InputError, ValueError, LookupError, TypeError):  # it may be in another user's home folder
+        return None, ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,25 +12,6 @@ MIN_SEEDS = 3  # from which an error can be told
 SIGNIFICANCE = 0.05  # of the whole table: largest probability that it calls any of two equal rows better
 EQUAL = "no difference can be told"
 NO_ERROR = f"no error can be told: it needs {MIN_SEEDS} seeds and two test pictures"
-
-
-@dataclass(frozen=True)
-class Score:
-    """The top-1 accuracy of a classifier on the test pictures, in percent: of all, and the mean over the classes."""
-
-    top1: float
-    per_class: float
-
-
-def score(is_right: np.ndarray, labels: np.ndarray) -> Score:
-    """Return the score of a classifier.
-
-    Args:
-        is_right: (pictures,), whether the classifier names the class of each picture right.
-        labels: (pictures,), the class of each picture; every class has at least one.
-    """
-    per_class = [is_right[labels == label].mean() for label in np.unique(labels)]
-    return Score(100 * float(is_right.mean()), 100 * float(np.mean(per_class)))
 
 
 def summarize(is_right: dict[str, np.ndarray], labels: np.ndarray, baseline: str) -> dict[str, dict[str, Any]]:
@@ -53,10 +33,9 @@ def summarize(is_right: dict[str, np.ndarray], labels: np.ndarray, baseline: str
     _, place, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     weights = len(labels) / (len(sizes) * sizes[place])  # with which the mean over pictures is that over classes
     for row, of_row in is_right.items():
-        scores = [score(one, labels) for one in of_row]
         differences = 100 * (of_row.astype(float) - is_right[baseline])
         difference, error = float(differences.mean()), standard_error(differences)
-        top1, per_class = [entry.top1 for entry in scores], [entry.per_class for entry in scores]
+        top1, per_class = ((100 * (of_row * weight).mean(1)).tolist() for weight in (1, weights))
         summary[row] = {
             "top1": top1,
             "top1_mean": float(np.mean(top1)),

@@ -12,14 +12,23 @@ from typing import Any
 
 from .. import launch, log, script
 from ..classes import STABLE_DIFFUSION
-from ..cli import Parser, add_machine_flags, add_source_flags, as_name_or_path, as_number, as_path, as_text, check_model
+from ..cli import (
+    Parser,
+    add_machine_flags,
+    add_number,
+    add_source_flags,
+    as_name_or_path,
+    as_path,
+    as_text,
+    check_model,
+)
 from ..errors import InputError, RunError, is_out_of_memory
-from ..files import check_writable, describe_differences, describe_program
+from ..files import check_writable, describe_differences, describe_program, pin_model
 from ..folder import PREVIEW_FILE
 from ..photos import Photos, Source, find_photos
 from ..plan import seed_record
 from ..ranges import RANGES, Range
-from ..sources import find_commit, fingerprint_model, pin_model
+from ..sources import find_commit, fingerprint_model
 from .folder import MIN_STEPS, PASSES, Recipe, TrainingFolder, check_pictures, count_steps, describe_listing
 
 SMOOTHED_OVER = 50  # steps, over which the displayed loss is averaged
@@ -41,10 +50,8 @@ def create_parser() -> Parser:
     add("--data_dir", type=as_path, required=True, metavar="DIR", help=layout)
     add_source_flags(add, "data_dir")
     add("--meta_class", type=as_word, required=True, metavar="WORD", help="word for all classes, such as bird")
-    few = "pictures per class, chosen by the seed (default: all)"
-    add("--examples_per_class", type=as_number(COUNT), metavar="N", help=few)
-    side = "side of the square training pictures"
-    add("--resolution", type=as_number(RANGES["resolution"]), default=512, metavar="PIXELS", help=side + default)
+    add_number(add, "examples_per_class", None, "N", "pictures per class, chosen by the seed (default: all)", COUNT)
+    add_number(add, "resolution", 512, "PIXELS", "side of the square training pictures")
     flip = "do not mirror half of the pictures at random"
     add("--no_random_flip", dest="random_flip", action="store_false", help=flip)
     crop = "crop at random, not at the centre; slower, since every step encodes its pictures"
@@ -53,25 +60,23 @@ def create_parser() -> Parser:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=as_path, required=True, metavar="DIR", help="folder of the checkpoint")
     interval = "steps between two saved states, from which the same command continues"
-    add("--checkpointing_steps", type=as_number(COUNT), default=500, metavar="N", help=interval + default)
+    add_number(add, "checkpointing_steps", 500, "N", interval, COUNT)
     previews = "steps between two previews, preview_00500.png and so on (default: only one at the end)"
-    add("--preview_steps", type=as_number(COUNT), metavar="N", help=previews)
+    add_number(add, "preview_steps", None, "N", previews, COUNT)
 
     add = parser.add_argument_group("training").add_argument
     model = "base model: hub id, id@revision or local folder"
     add("--model", type=as_name_or_path, default=STABLE_DIFFUSION, metavar="MODEL", help=model + default)
-    add("--rank", type=as_number(Range(int, 1, 1024)), default=10, metavar="R", help="rank of the LoRA" + default)
+    add_number(add, "rank", 10, "R", "rank of the LoRA", Range(int, 1, 1024))
     budget = f"training steps (default: {PASSES} passes over the pictures, at least {MIN_STEPS} steps)"
-    add("--max_train_steps", type=as_number(COUNT), metavar="N", help=budget)
-    batch = "pictures in a batch"
-    add("--train_batch_size", type=as_number(RANGES["batch_size"]), default=8, metavar="N", help=batch + default)
-    add("--gradient_accumulation_steps", type=as_number(COUNT), default=1, metavar="N", help="batches a step" + default)
-    add("--learning_rate", type=as_number(RATE), default=5e-5, metavar="LR", help="learning rate of the LoRA" + default)
-    tokens = "learning rate of the class tokens"
-    add("--token_learning_rate", type=as_number(RATE), default=5e-5, metavar="LR", help=tokens + default)
+    add_number(add, "max_train_steps", None, "N", budget, COUNT)
+    add_number(add, "train_batch_size", 8, "N", "pictures in a batch", RANGES["batch_size"])
+    add_number(add, "gradient_accumulation_steps", 1, "N", "batches a step", COUNT)
+    add_number(add, "learning_rate", 5e-5, "LR", "learning rate of the LoRA", RATE)
+    add_number(add, "token_learning_rate", 5e-5, "LR", "learning rate of the class tokens", RATE)
     schedule = "schedule of the learning rates; only a constant one allows more steps after a finished run"
     add("--lr_scheduler", choices=("constant", "linear", "cosine"), default="constant", help=schedule + default)
-    add("--seed", type=as_number(RANGES["seed"]), default=0, metavar="S", help="seed of all random choices" + default)
+    add_number(add, "seed", 0, "S", "seed of all random choices")
 
     frozen = "type of the frozen weights (default: float16 on cuda, else float32); trained weights are float32"
     machine = add_machine_flags(parser, frozen)
@@ -107,7 +112,15 @@ def main() -> None:
     folder = TrainingFolder(options.output_dir)
     effective_batch = options.train_batch_size * options.gradient_accumulation_steps * num_processes
     steps = count_steps(len(photos.files), effective_batch, options.max_train_steps)
-    describe_size(photos, steps, effective_batch, options, num_processes)
+    names = photos.class_names
+    for note in photos.notes:
+        script.say(note)
+    script.say(
+        f"{len(names)} classes ({names[0]!r} to {names[-1]!r}), {len(photos.files)} pictures; "
+        f"{steps} steps of {effective_batch} pictures ({options.train_batch_size} in a batch x "
+        f"{options.gradient_accumulation_steps} accumulated x {num_processes} processes): "
+        f"{steps * effective_batch / len(photos.files):.1f} passes"
+    )
 
     # All that the weights depend on
     device = script.choose_device(options.device)
@@ -150,21 +163,6 @@ def main() -> None:
     if launch.is_first_process():
         print(f"{folder.root} is complete: {steps} steps; look at {folder.root / PREVIEW_FILE}, then run")
         print(f"python generation.py --data_name={folder.data_name}")
-
-
-def describe_size(
-    photos: Photos, steps: int, effective_batch: int, options: argparse.Namespace, num_processes: int
-) -> None:
-    """Print the size of the data set and of the training."""
-    for note in photos.notes:
-        script.say(note)
-    names = photos.class_names
-    script.say(
-        f"{len(names)} classes ({names[0]!r} to {names[-1]!r}), {len(photos.files)} pictures; "
-        f"{steps} steps of {effective_batch} pictures ({options.train_batch_size} in a batch x "
-        f"{options.gradient_accumulation_steps} accumulated x {num_processes} processes): "
-        f"{steps * effective_batch / len(photos.files):.1f} passes"
-    )
 
 
 def train_and_draw(
@@ -247,7 +245,7 @@ def train(
     if is_main:
         folder.begin(description)
         first, state = folder.find_state()
-        log.cut(folder.log_file, first)
+        log.tidy(folder.log_file)
     (first,) = broadcast_object_list([first])
     if first:
         state = state or folder.read_state(first)
@@ -282,7 +280,7 @@ def train(
             # A state and the checkpoint where they are due
             is_interval = done % options.checkpointing_steps == 0 or done % (options.preview_steps or steps) == 0
             if is_main and (is_interval or is_stopping or done == steps):
-                log.cut(folder.log_file, steps)  # the same command in a second terminal writes each line, too
+                log.tidy(folder.log_file)
                 folder.write_state(done, {**trainer.state(), "losses": losses})
                 folder.write_checkpoint(done, losses, classes, trainer.save)
             if is_stopping:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..classes import CLASSES_FILE, EMBEDDINGS_FILE, FINETUNE_FILE, LORA_FILE, META_CLASSES
 from ..errors import InputError
-from ..files import atomic_file, check_same, create_file, read_record
+from ..files import atomic_file, check_same, create_file, read_record, write_file
 from ..folder import PREVIEW_FILE
 from ..photos import Photos, check_photos
 from ..script import say
@@ -178,8 +178,7 @@ class TrainingFolder:
         write_weights(self.root)
         self.record = {**self.record, "steps": step, "losses": losses}
         for file, content in ((self._record_file, _encode(self.record)), (self.root / CLASSES_FILE, _encode(classes))):
-            with atomic_file(file) as opened:
-                opened.write(content)
+            write_file(file, content)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         if self.record:

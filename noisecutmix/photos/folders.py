@@ -71,7 +71,7 @@ def list_class_folders(root: Path, allows_empty: bool) -> Listing:
             raise InputError(f"{folder} holds no picture ({', '.join(picture_suffixes())}); add some or delete it")
     suffixes = picture_suffixes() + ARCHIVES
     loose = [path for path, is_folder in entries if not is_folder and path.suffix.lower() in suffixes]
-    return Listing(pictures, walk.notes(len(loose)), root)
+    return Listing(pictures, walk.notes(len(folders), len(loose)), root)
 
 
 class _Walk:
@@ -81,12 +81,11 @@ class _Walk:
         self.unused: collections.Counter[str] = collections.Counter()  # files, by type
         self.hidden: collections.Counter[str] = collections.Counter()  # by name
         self.inner_folders: dict[str, list[str]] = {}  # of the class folders that hold nothing else
-        self.num_classes = 0
         self.repeated = 0  # links to pictures that are used already
         self._root = root.resolve()
         self._found: dict[Path, tuple[int, Path]] = {}  # label and path of each picture, by its resolved path
 
-    def notes(self, num_loose: int) -> list[str]:
+    def notes(self, num_classes: int, num_loose: int) -> list[str]:
         """Return sentences about what is not used; `num_loose` files lie beside the class folders."""
         notes = []
         if self.unused:
@@ -103,7 +102,7 @@ class _Walk:
         if self.repeated:
             notes.append(f"{self.repeated} links lead to pictures that are used already")
         nested = [(outer, inner) for outer, inner in self.inner_folders.items() if len(inner) > 1]
-        if nested and len(self.inner_folders) == self.num_classes:
+        if nested and len(self.inner_folders) == num_classes:
             outer, inner = nested[0]
             notes.append(
                 f"warning: the class folders hold only folders, such as {inner[0]} and {inner[1]} in {outer}, whose "
@@ -130,7 +129,6 @@ class _Walk:
         Raises:
             InputError: a link leads to nothing, to a folder around the classes, or to a picture of another class.
         """
-        self.num_classes += 1
         found, entered, folders = [], set(), [class_folder]
         while folders:
             folder = folders.pop()

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..classes import CLASS_NAMES, comparison_key, without_numbers
+from ..classes import comparison_key, load_classes, without_numbers
 from ..errors import InputError, first_line
 from .folders import Listing
 
@@ -126,10 +126,10 @@ def banner_of(archive: Archive) -> int:
 
 
 def _read_cub(base: Path) -> _Content:
-    names = _read_numbered(base / "classes.txt")
-    files = _read_numbered(base / "images.txt")
-    labels = _read_numbered(base / "image_class_labels.txt")
-    is_training = _read_numbered(base / "train_test_split.txt")
+    names = read_numbered(base / "classes.txt")
+    files = read_numbered(base / "images.txt")
+    labels = read_numbered(base / "image_class_labels.txt")
+    is_training = read_numbered(base / "train_test_split.txt")
     if not files.keys() == labels.keys() == is_training.keys():
         raise ValueError("images.txt, image_class_labels.txt and train_test_split.txt are of different pictures")
     places = {number: label for label, number in enumerate(names)}
@@ -156,7 +156,7 @@ def _read_flowers(base: Path) -> _Content:
             raise ValueError(f"{name} cannot be read ({first_line(error)})") from error
         return [int(value) for value in values.ravel()]
 
-    names, labels = _project_names("flower"), read("imagelabels.mat", "labels")
+    names, labels = list(load_classes("flower").names), read("imagelabels.mat", "labels")
     numbers = [read("setid.mat", key) for key in ("trnid", "valid", "tstid")]
     if sorted(itertools.chain(*numbers)) != list(range(1, len(labels) + 1)):
         raise ValueError("imagelabels.mat and setid.mat are of different pictures")
@@ -180,7 +180,7 @@ def _lines(file: Path) -> list[str]:
     return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
-def _read_numbered(file: Path) -> dict[int, str]:
+def read_numbered(file: Path) -> dict[int, str]:
     """Return the rest of each line by the number at its start, in the order of the numbers."""
     entries = [re.fullmatch(r"(\d+)\s+(.+)", line) for line in _lines(file)]
     numbered = {int(entry[1]): entry[2] for entry in entries if entry}
@@ -198,12 +198,8 @@ def _find_pictures(folder: Path) -> set[str]:
     return found
 
 
-def _project_names(data_name: str) -> list[str]:
-    return (CLASS_NAMES / f"{data_name}.txt").read_text(encoding="utf-8").splitlines()
-
-
 def _as_the_project_spells(archive: Archive, class_names: list[str]) -> list[str]:
-    spelled = {comparison_key(name): name for name in _project_names(archive.data_name)}
+    spelled = {comparison_key(name): name for name in load_classes(archive.data_name).names}
     if unknown := [name for name in class_names if comparison_key(name) not in spelled]:
         raise InputError(f"the lists look like those of {archive.title}, but it has no class {unknown[0]!r}")
     return [spelled[comparison_key(name)] for name in class_names]
