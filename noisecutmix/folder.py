@@ -209,6 +209,7 @@ class OutputFolder:
             file = self._path("image", item.index)
             image = files.decode_png(file)
             if image is None:
+                self._check_still_ours()
                 raise RunError(f"{file} is damaged; the same command with --verify draws it again")
             images.append(image)
         files.write_png(self.root / PREVIEW_FILE, draw_preview(images, items, self.class_names), self._mark)

@@ -165,8 +165,8 @@ def _keep_writable(stream: Any) -> None:
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Print what Python cannot raise, such as an error in a `__del__`, but not a signal that arrives there."""
-    if not isinstance(unraisable.exc_value, Stopped):
+    """Print what Python cannot raise, such as an error in a `__del__`, but not what a signal causes there."""
+    if not is_stopping():  # else it is the signal, or an object that it left half built, such as a progress bar
         sys.__unraisablehook__(unraisable)
 
 

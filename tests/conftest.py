@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,8 @@ def as_command_line(script, *arguments, folder):
     """Yield the script's main(), to be run in this process: a new process would take seconds to start."""
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
+        generator = "noisecutmix.generator"  # simulated.py replaces it
+        patch.setitem(sys.modules, generator, importlib.import_module(generator))
         patch.chdir(folder)
         patch.setattr(sys, "argv", [str(path_of(script)), *map(str, arguments)])
         try:
@@ -271,18 +274,33 @@ def wait_for_images(folder, count, process):
         time.sleep(0.02)
 
 
-def run_to_the_end(tmp_path, arguments, num_aug, *more):
+def run_to_the_end(tmp_path, arguments, num_aug, *more, script="tests/simulated.py"):
+    """Build a data set; without a script, augmentation.py draws with the simulated generator."""
     arguments = [*arguments, f"--num_aug={num_aug}", "--output_dir=out", *more]
-    with as_command_line("augmentation.py", *arguments, folder=tmp_path) as main:
+    with as_command_line(script, *arguments, folder=tmp_path) as main:
         main()
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, tiny_arguments):
-    """A complete data set of twenty items, drawn without an interruption."""
+    """A complete data set of twenty items, drawn by the simulated generator without an interruption."""
     folder = tmp_path_factory.mktemp("whole")
     run_to_the_end(folder, tiny_arguments, 20)
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory, tiny_arguments):
+    """A complete data set of twenty items, drawn by the tiny model without an interruption."""
+    folder = tmp_path_factory.mktemp("drawn")
+    run_to_the_end(folder, tiny_arguments, 20, script="augmentation.py")
+    return folder / "out"
+
+
+@pytest.fixture
+def out(whole, tmp_path):
+    """A copy of `whole`."""
+    return shutil.copytree(whole, tmp_path / "out")
 
 
 def command(script, *arguments):

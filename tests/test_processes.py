@@ -3,6 +3,7 @@
 Most tests use a generator that needs no model (simulated.py), and otherwise run augmentation.py as it is.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ import time
 
 import psutil
 import pytest
-from conftest import MAX_WAIT, ROOT, command, files_of, load_module, wait_for_images
+from conftest import MAX_WAIT, ROOT, command, files_of, load_module, run_to_the_end, wait_for_images
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from noisecutmix.folder import OutputFolder
 from noisecutmix.plan import Plan
 
 VARIABLES = (*launch.RANK, *launch.COUNT, *launch.LOCAL_RANK, "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
+DIGITS = ["--data_name=digits", "--device=cpu"]
 order_blocks = load_module(ROOT / "augmentation.py").order_blocks
 
 
@@ -33,20 +35,21 @@ def draw(start):
     """Start a process that draws the digits' data set into out, with the simulated generator."""
 
     def start_one(num_aug, *more, seconds=0.0, **environment):
-        flags = ["--data_name=digits", "--device=cpu", "--output_dir=out", f"--num_aug={num_aug}", *more]
+        flags = [*DIGITS, "--output_dir=out", f"--num_aug={num_aug}", *more]
         return start(command("tests/simulated.py", *flags), SECONDS_PER_BLOCK=str(seconds), **environment)
 
     return start_one
 
 
-@pytest.fixture
-def expected(draw, tmp_path):
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory):
     """Return the files of a data set that a single process drew."""
 
+    @functools.cache
     def draw_alone(num_aug, *more):
-        end(draw(num_aug, *more))
-        alone = (tmp_path / "out").rename(tmp_path / f"alone{num_aug}{''.join(more)}")
-        return files_of(alone)
+        folder = tmp_path_factory.mktemp("alone")
+        run_to_the_end(folder, DIGITS, num_aug, *more)
+        return files_of(folder / "out")
 
     return draw_alone
 
@@ -136,9 +139,11 @@ def test_each_process_of_a_scheduler_begins_at_its_own_share(monkeypatch, way):
     [{"RANK": "7", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "0"}, {"RANK": "3"}, {"WORLD_SIZE": "2"},
      {"SLURM_PROCID": "", "SLURM_NTASKS": "-1"}, {"LOCAL_RANK": "5"}, {"SLURM_ARRAY_TASK_ID": "9"}],
 )  # fmt: skip
-def test_wrong_and_missing_variables_change_only_the_order(draw, expected, tmp_path, environment):
+def test_wrong_and_missing_variables_change_only_the_order(expected, tmp_path, monkeypatch, environment):
     wanted = expected(40)
-    end(draw(40, **environment))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run_to_the_end(tmp_path, DIGITS, 40)
     assert files_of(tmp_path / "out") == wanted
 
 
@@ -158,15 +163,12 @@ def test_of_two_commands_at_the_same_moment_one_is_refused(draw, expected, tmp_p
 
 
 def test_a_folder_deleted_and_begun_again_holds_nothing_of_the_earlier_run(draw, expected, tmp_path):
-    wanted = expected(40, "--alpha=0.5")
-    for turn in range(3):
-        earlier = draw(4000, seconds=0.05)
-        wait_for_images(tmp_path / "out", 24 + 3 * turn, earlier)
-        (tmp_path / "out").rename(tmp_path / f"gone{turn}")  # a folder that is written into cannot be deleted at once
-        end(draw(40, "--alpha=0.5"))
-        assert re.search("was deleted or replaced while this run was drawing|No such file", end(earlier, status=1))
-        assert files_of(tmp_path / "out") == wanted
-        shutil.rmtree(tmp_path / "out")
+    earlier = draw(4000, seconds=0.05)
+    wait_for_images(tmp_path / "out", 24, earlier)
+    (tmp_path / "out").rename(tmp_path / "gone")  # a folder that is written into cannot be deleted at once
+    end(draw(40, "--alpha=0.5"))
+    assert re.search("was deleted or replaced while this run was drawing|No such file", end(earlier, status=1))
+    assert files_of(tmp_path / "out") == expected(40, "--alpha=0.5")
 
 
 @pytest.mark.slow
@@ -292,7 +294,7 @@ def test_a_record_that_changes_stops_the_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_of_accelerate_draw_what_one_draws(whole, start, tmp_path, tiny_arguments):
+def test_two_processes_of_accelerate_draw_what_one_draws(drawn, start, tmp_path, tiny_arguments):
     launcher = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1",
         "--mixed_precision=no", "--dynamo_backend=no", "--multi_gpu", "--main_process_port=0",
@@ -305,20 +307,22 @@ def test_two_processes_of_accelerate_draw_what_one_draws(whole, start, tmp_path,
     output, errors = process.communicate(timeout=MAX_WAIT)
     assert process.returncode == 0, errors
     assert output.count("out is complete: 20 items") == 1  # only the first process prints
-    assert files_of(tmp_path / "out") == files_of(whole)
+    assert files_of(tmp_path / "out") == files_of(drawn)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
-def test_a_signal_ends_one_process_and_the_other_completes_the_data_set(draw, expected, tmp_path, name):
-    number = getattr(signal, name)
-    wanted = expected(400)
-    two = [draw(400, seconds=0.1) for _ in range(2)]
-    wait_for_images(tmp_path / "out", 40, two[0])
-    two[0].send_signal(number)
-    assert "stopped; run the same command again" in end(two[0], 128 + number)
-    end(two[1])
-    assert files_of(tmp_path / "out") == wanted
+def test_signals_end_five_processes_and_the_sixth_completes_the_data_set(draw, expected, tmp_path):
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")]
+    *stopped, last = [draw(2000, seconds=0.1) for _ in range(6)]
+    wait_for_images(tmp_path / "out", 200, last)
+    for process, number in zip(stopped, numbers):
+        process.send_signal(number)
+    for process, number in zip(stopped, numbers):
+        assert "stopped; run the same command again" in end(process, 128 + number)
+    last.kill()  # alone it would take long
+    last.communicate()
+    run_to_the_end(tmp_path, DIGITS, 2000)
+    assert files_of(tmp_path / "out") == expected(2000)
 
 
 def test_generation_draws_once_in_a_launch(run_script, tmp_path, tiny_arguments):

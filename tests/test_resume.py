@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import uuid
 import zlib
 
@@ -25,7 +26,6 @@ from conftest import (
 )
 from PIL import Image
 
-from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.pipeline import NoiseCutMixPipeline
 
@@ -44,12 +44,7 @@ def compare(folder, expected):
             assert np.abs(actual - wanted).max() <= 1, name
 
 
-def copy_of(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "out")
-
-
-def test_damage_is_repaired_and_nothing_else_is_changed(whole, tmp_path, tiny_arguments):
-    out = copy_of(whole, tmp_path)
+def test_damage_is_repaired_and_nothing_else_is_changed(whole, out, tmp_path, tiny_arguments):
     damaged = out / "image" / "gen_0003.png"
     damaged.write_bytes(damaged.read_bytes()[:-20])
     (out / "image" / "gen_0005.png").unlink()
@@ -113,50 +108,28 @@ def delete_preview(out):
     "damage",
     [damage_metadata, damage_labels, empty_labels, damage_header_of_labels, delete_masks, delete_preview],
 )
-def test_damage_to_other_files_is_repaired(whole, tmp_path, tiny_arguments, damage):
-    out = copy_of(whole, tmp_path)
+def test_damage_to_other_files_is_repaired(whole, out, tmp_path, tiny_arguments, damage):
     damage(out)
     run_to_the_end(tmp_path, tiny_arguments, 20)
     assert files_of(out) == files_of(whole)
 
 
-def test_the_same_batch_gives_the_same_bytes(whole, tmp_path, tiny_arguments):
-    out = copy_of(whole, tmp_path)
-    for index in range(8, 16):  # the second batch of eight
-        (out / "image" / f"gen_{index:04d}.png").unlink()
-    run_to_the_end(tmp_path, tiny_arguments, 20)
-    assert files_of(out) == files_of(whole)
-
-
-def test_a_complete_folder_is_not_changed(whole, tmp_path, tiny_arguments, capsys):
-    out = copy_of(whole, tmp_path)
+def test_a_complete_folder_is_not_changed(out, tmp_path, tiny_arguments, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name not in ("run.json", ".lock")}
     run_to_the_end(tmp_path, tiny_arguments, 20)
     assert capsys.readouterr().out == "out is complete: 20 items\n"
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_an_extended_data_set_equals_one_drawn_at_once(whole, tmp_path, tiny_arguments):
-    out = copy_of(whole, tmp_path)
-    run_to_the_end(tmp_path, tiny_arguments, 50)
-    (tmp_path / "at_once").mkdir()
-    run_to_the_end(tmp_path / "at_once", tiny_arguments, 50)
-    assert files_of(out) == files_of(tmp_path / "at_once" / "out")
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("--alpha=0.5", "alpha (1.0 there, 0.5 now)"),
-        ("--seed=1", "seed (0 there, 1 now)"),
         ("--guidance_scale=3", "guidance_scale"),
         ("--prompt=one {name}", "prompt (a photo of a {name} {meta_class} there, one {name} now)"),
         (["--alpha=2", "--seed=1"], "alpha (1.0 there, 2.0 now), seed (0 there, 1 now)"),
-        ("--num_aug=19", "--num_aug: out is for 20 items, and its file names"),
     ],
 )
-def test_other_options_are_refused(whole, tmp_path, tiny_arguments, change, named):
-    out = copy_of(whole, tmp_path)
+def test_other_options_are_refused(out, tmp_path, tiny_arguments, change, named):
     before = files_of(out)
     with pytest.raises(InputError) as caught:
         run_to_the_end(tmp_path, tiny_arguments, 20, *([change] if isinstance(change, str) else change))
@@ -164,8 +137,7 @@ def test_other_options_are_refused(whole, tmp_path, tiny_arguments, change, name
     assert files_of(out) == before
 
 
-def test_another_checkpoint_is_refused(whole, tmp_path, tiny_arguments, tiny_checkpoint):
-    copy_of(whole, tmp_path)
+def test_another_checkpoint_is_refused(out, tmp_path, tiny_arguments, tiny_checkpoint):
     other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
     weights = other / "pytorch_lora_weights.safetensors"
     content = bytearray(weights.read_bytes())
@@ -176,16 +148,9 @@ def test_another_checkpoint_is_refused(whole, tmp_path, tiny_arguments, tiny_che
         run_to_the_end(tmp_path, arguments, 20, f"--ckpt_path={other}")
 
 
-def test_a_foreign_folder_is_never_emptied(tmp_path, tiny_arguments):
-    foreign = tmp_path / "out" / "image" / "gen_0000.png"
-    foreign.parent.mkdir(parents=True)
-    foreign.write_bytes(b"somebody's")
-    with pytest.raises(InputError, match="is not from this program"):
-        run_to_the_end(tmp_path, tiny_arguments, 20)
-    assert foreign.read_bytes() == b"somebody's"
-
-
-@pytest.mark.parametrize("name", ["metadata.jsonl", "soft_label.npy", "image/cat.jpg", "run.json"])
+@pytest.mark.parametrize(
+    "name", ["metadata.jsonl", "soft_label.npy", "image/cat.jpg", "image/gen_0000.png", "run.json"]
+)
 def test_a_foreign_data_set_is_refused(tmp_path, tiny_arguments, name):
     foreign = tmp_path / "out" / name
     foreign.parent.mkdir(parents=True)
@@ -195,25 +160,18 @@ def test_a_foreign_data_set_is_refused(tmp_path, tiny_arguments, name):
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [foreign]
 
 
-def test_a_wrong_checkpoint_changes_nothing(tmp_path, tiny_arguments):
-    (tmp_path / "wrong").mkdir()
-    for name in ("pytorch_lora_weights.safetensors", "learned_embeds-steps-last.bin"):
-        (tmp_path / "wrong" / name).write_bytes(b"wrong")
-    with pytest.raises(InputError, match="--ckpt_path"):
-        run_to_the_end(tmp_path, tiny_arguments, 20, f"--ckpt_path={tmp_path / 'wrong'}")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_ctrl_c_leaves_finished_items(start, tmp_path, tiny_arguments):
     arguments = [*tiny_arguments, "--num_aug=400", "--output_dir=out"]
     process = start(command("tests/simulated.py", *arguments), SECONDS_PER_BLOCK="0.1")
     wait_for_images(tmp_path / "out", 8, process)
-    process.send_signal(signal.SIGINT)
+    for _ in range(10):  # launchers send a signal twice, at once
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
     _, errors = process.communicate(timeout=MAX_WAIT)
     assert process.returncode == 130, errors
     assert errors.replace("\r", "\n").splitlines()[-1] == "stopped; run the same command again"
-    assert "Traceback" not in errors
+    assert errors.count("stopped; run") == 1 and "Traceback" not in errors and "Exception ignored" not in errors
     for path in (tmp_path / "out" / "image").iterdir():
         Image.open(path).load()
         assert (tmp_path / "out" / "mask" / path.name.replace("gen", "mask")).is_file()
@@ -265,43 +223,22 @@ def test_a_file_system_that_disappears(start, tmp_path, tiny_arguments):
     assert len(list((tmp_path / "out" / "image").iterdir())) == 40
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("Triton Error [CUDA]: out of memory"),
-    ],
-    ids=["torch", "cuBLAS", "Triton"],
-)
-def test_out_of_memory_halves_the_batch(whole, tmp_path, tiny_arguments, monkeypatch, capsys, error):
+def test_out_of_memory_halves_the_batch(drawn, tmp_path, tiny_arguments, monkeypatch, capsys):
     """A pipeline that runs out of memory above batch size 2 still completes the correct data set."""
     call = NoiseCutMixPipeline.__call__
 
     def short_of_memory(self, *arguments, **named):
         if len(named["mask"]) > 2:
-            raise error
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return call(self, *arguments, **named)
 
     monkeypatch.setattr(NoiseCutMixPipeline, "__call__", short_of_memory)
-    run_to_the_end(tmp_path, tiny_arguments, 20)
+    run_to_the_end(tmp_path, tiny_arguments, 20, script="augmentation.py")
     errors = capsys.readouterr().err
     assert "out of memory at batch size 8, continuing with 4" in errors
     assert "out of memory at batch size 4, continuing with 2" in errors
     assert errors.count("out of memory") == 2
-    compare(tmp_path / "out", whole)
-
-
-def test_out_of_memory_at_batch_size_1(tiny_pipeline, monkeypatch):
-    generator = NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=1)
-
-    def never(*arguments, **named):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(generator, "pipe", never)
-    generator._embeds = {prompt: torch.zeros(1, 1, 1) for prompt in (*generator._prompts, "")}
-    with pytest.raises(RunError, match="out of memory at batch size 1"):
-        generator.draw([generator.plan.item(0)])
+    compare(tmp_path / "out", drawn)
 
 
 def test_a_picture_that_is_not_finite_is_named_and_not_written(tmp_path, tiny_arguments, monkeypatch):
@@ -313,7 +250,7 @@ def test_a_picture_that_is_not_finite_is_named_and_not_written(tmp_path, tiny_ar
 
     monkeypatch.setattr(NoiseCutMixPipeline, "_decode", overflow)
     with pytest.raises(RunError, match=r"a picture is not finite.*dtype=bfloat16"):
-        run_to_the_end(tmp_path, tiny_arguments, 3)
+        run_to_the_end(tmp_path, tiny_arguments, 3, script="augmentation.py")
     assert not list((tmp_path / "out" / "image").iterdir())
 
 
