@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from conftest import CLASS_NAMES, as_command_line, write_photos
 from random_models import RECIPE
 from safetensors.torch import load_file
 
+from noisecutmix import NoiseCutMixGenerator
+from noisecutmix.finetune import preview
 from noisecutmix.finetune.trainer import Trainer, create_accelerator
 from noisecutmix.photos import find_photos
 
@@ -62,9 +66,15 @@ def fresh_accelerate():
 
 
 def finetune(folder, *arguments):
-    with as_command_line(SCRIPT, "--output_dir=out", *arguments, folder=folder) as main:
-        main()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    """Run the script in this process, with previews of two denoising steps."""
+    with (
+        as_command_line(SCRIPT, "--output_dir=out", *arguments, folder=folder) as main,
+        mock.patch.object(preview, "NoiseCutMixGenerator", partial(NoiseCutMixGenerator, num_inference_steps=2)),
+    ):
+        try:
+            main()
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def weights_of(folder):
@@ -95,9 +105,11 @@ def contents_of(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def create_trainer(tiny_model, photos, accelerator=None, batch_size=4, accumulated=1, **changes):
+def create_trainer(
+    tiny_model, photos, accelerator=None, batch_size=4, accumulated=1, checkpoints_gradients=False, **changes
+):
     recipe = dataclasses.replace(OWN_RECIPE, **changes)
-    machine = {"batch_size": batch_size, "accumulated": accumulated, "checkpoints_gradients": False}
+    machine = {"batch_size": batch_size, "accumulated": accumulated, "checkpoints_gradients": checkpoints_gradients}
     accelerator = accelerator or create_accelerator("cpu", recipe.dtype)
     return Trainer(recipe, find_photos(photos), accelerator, model=str(tiny_model), **machine)
 
@@ -115,11 +127,11 @@ def stop_at(monkeypatch, *stops, error=KeyboardInterrupt):
     monkeypatch.setattr(Trainer, "step", stopping_step)
 
 
-def assert_same_training(folder, other):
+def assert_same_training(folder, other, previews=True):
     """Assert that two finished folders hold the same bytes, but for the command and the files' times."""
     names = {file.name for file in other.iterdir()} - {"finetune.json"}
     assert {file.name for file in folder.iterdir()} - {"finetune.json"} == names
-    for name in names - {f"state_{step:08d}.pt" for step in range(STEPS)}:
+    for name in names - (set() if previews else {"preview.png"}) - {f"state_{step:08d}.pt" for step in range(STEPS)}:
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     ours, theirs = (json.loads((place / "finetune.json").read_text()) for place in (folder, other))
     for name in ("model", "options", "steps", "losses"):

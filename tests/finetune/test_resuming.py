@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import CLASS_NAMES
 from finetuning import (
     LORA,
@@ -16,6 +15,7 @@ from finetuning import (
     assert_same_training,
     contents_of,
     copy_of,
+    create_trainer,
     difference,
     finetune,
     rename,
@@ -35,7 +35,6 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, flags, traine
     for kept in (0, 4, 8):
         with pytest.raises(KeyboardInterrupt):
             finetune(tmp_path, *flags)
-        AcceleratorState._reset_state(reset_partial_state=True)
         assert json.loads((tmp_path / "out" / "finetune.json").read_text())["steps"] == kept
         assert (tmp_path / "out" / LORA).exists() == (kept > 0)
     finetune(tmp_path, *flags)
@@ -51,13 +50,6 @@ def test_a_finished_folder_is_not_trained_again(tmp_path, flags, trained):
     assert done.returncode == 0, done.stderr
     assert "out is complete: 12 steps" in done.stdout
     assert files_below(out) == before
-
-
-def test_more_steps_continue_the_training(tmp_path, flags, trained):
-    finetune(tmp_path, *flags, "--max_train_steps=6")
-    finetune(tmp_path, *flags)
-    assert difference(tmp_path / "out", trained) < 1e-6
-    assert json.loads((tmp_path / "out" / "finetune.json").read_text())["steps"] == STEPS
 
 
 def test_more_steps_are_refused_with_a_decaying_learning_rate(tmp_path, flags):
@@ -137,9 +129,9 @@ def test_a_damaged_state_is_replaced_by_the_previous_one(tmp_path, flags, traine
     assert difference(tmp_path / "out", trained) < 1e-6
 
 
-@pytest.mark.parametrize(("call", "states"), [(1, [4]), (2, [4]), (3, [4, 8]), (5, [8, 12])])
+@pytest.mark.parametrize(("call", "states"), [(1, [4]), (2, [4]), (5, [8, 12])])
 def test_a_failed_write_leaves_whole_files_and_is_made_good(tmp_path, flags, trained, monkeypatch, call, states):
-    """It fails at the first checkpoint, the second state, the second checkpoint, the last one."""
+    """It fails at the first checkpoint, the second state, the last checkpoint."""
     save, calls = torch.save, []
 
     def fail_once(content, file, *more):
@@ -152,7 +144,6 @@ def test_a_failed_write_leaves_whole_files_and_is_made_good(tmp_path, flags, tra
     monkeypatch.setattr(torch, "save", fail_once)
     with pytest.raises(OSError, match="No space left on device"):
         finetune(tmp_path, *flags)
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert {file.name for file in (tmp_path / "out").glob("*state*")} == {f"state_{step:08d}.pt" for step in states}
     assert not list((tmp_path / "out").glob(".*tmp"))
     finetune(tmp_path, *flags)
@@ -182,14 +173,16 @@ def exchange_two_pictures(file):
 @pytest.mark.parametrize(
     "damage", [cut, fill_with_zeros, flip_a_bit, exchange_two_pictures, lambda file: file.unlink()]
 )
-def test_damaged_latents_are_encoded_again(tmp_path, flags, trained, monkeypatch, damage):
-    stop_at(monkeypatch, 7)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(tmp_path, *flags)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    damage(tmp_path / "out" / "latents.bin")
-    finetune(tmp_path, *flags)
-    assert_same_training(tmp_path / "out", trained)
+def test_damaged_latents_are_encoded_again(tmp_path, tiny_model, photos, damage):
+    file, view = tmp_path / "latents.bin", [(picture, False, 0.5) for picture in range(9)]
+    contents, latents = [], []
+    for _ in range(2):
+        trainer = create_trainer(tiny_model, photos)
+        trainer.latents.encode(file, "these pictures")
+        contents.append(file.read_bytes())
+        latents.append(trainer.latents.of(view))
+        damage(file)
+    assert contents[0] == contents[1] and torch.equal(*latents)
 
 
 def test_latents_of_other_pictures_are_not_used(tmp_path, flags, trained, photos, monkeypatch):
@@ -199,7 +192,6 @@ def test_latents_of_other_pictures_are_not_used(tmp_path, flags, trained, photos
     stop_at(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt):
         finetune(tmp_path, *flags, f"--data_dir={other}")
-    AcceleratorState._reset_state(reset_partial_state=True)
     (tmp_path / "out" / "finetune.json").unlink()
     finetune(tmp_path, *flags)
     assert_same_training(tmp_path / "out", trained)
@@ -215,7 +207,6 @@ def test_pictures_that_were_checked_are_not_read_again(tmp_path, flags, trained,
         file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(InputError, match=r"2\.png cannot be read"):
         finetune(tmp_path, *flags, f"--data_dir={set_times(copy, again)}")
-    AcceleratorState._reset_state(reset_partial_state=True)
     finetune(tmp_path, *flags, f"--data_dir={set_times(copy, moment)}")
     assert difference(tmp_path / "out", trained) < 1e-6
 
