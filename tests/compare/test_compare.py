@@ -21,6 +21,7 @@ from comparing import folder as folder
 from comparing import pictures as pictures
 from conftest import MAX_WAIT, as_command_line, command, offline_environment, write_photos
 from PIL import Image
+from test_bad_input import files_below
 
 from noisecutmix.compare.__main__ import create_parser, parse
 from noisecutmix.compare.report import explain_gain, may_have_seen_share
@@ -145,37 +146,25 @@ def test_more_seeds_continue_a_comparison(folder):
     assert all(second[row]["top1"][:1] == first[row]["top1"] for row in first)
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (["--epochs=3"], "epochs (2 there, 3 now)"),
-        (["--keep=0.5"], "keep (1.0 there, 0.5 now)"),
-        (["--augmented=ours=train2"], "augmented"),
-        (["--examples_per_class=4"], "examples_per_class"),
-    ],
-)
-def test_other_options_in_the_same_folder_are_refused_by_name(folder, change, named):
-    classify(folder, "--augmented=ours=aug", "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
-    before = results_of(folder)
-    write_augmented(folder / "train2", count=21)
-    with pytest.raises(InputError, match=re.escape(named)):
-        classify(folder, "--augmented=ours=aug", "--rows", "none", "cutmix", "--seeds=1", "--epochs=2", *change)
-    assert results_of(folder) == before
-
-
-def test_changed_pictures_are_refused_by_name(folder):
-    classify(folder, "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
-    shutil.copy(folder / "test" / NAMES[0] / "1.png", folder / "test" / NAMES[0] / "0.png")
-    with pytest.raises(InputError, match="another test_pictures"):
-        classify(folder, "--rows", "none", "cutmix", "--seeds=1", "--epochs=2")
-
-
-def test_changed_augmented_pictures_are_refused_by_name(folder):
-    arguments = ["--augmented=ours=aug", "--rows", "none", "cutmix", "--epochs=1", "--seeds=1"]
+def test_other_options_and_pictures_in_the_same_folder_are_refused_by_name(folder):
+    arguments = ["--augmented=ours=aug", "--rows", "none", "cutmix", "--seeds=1", "--epochs=2"]
     classify(folder, *arguments)
-    shutil.copy(folder / "aug" / "image" / "gen_0001.png", folder / "aug" / "image" / "gen_0000.png")
-    with pytest.raises(InputError, match="--output_dir: out was made with another augmented"):
-        classify(folder, *arguments)
+    before = results_of(folder)
+
+    def is_refused(named, *change):
+        with pytest.raises(InputError, match=re.escape(f"--output_dir: out was made with another {named}")):
+            classify(folder, *arguments, *change)
+        assert results_of(folder) == before
+
+    is_refused("epochs (2 there, 3 now)", "--epochs=3")
+    is_refused("keep (1.0 there, 0.5 now)", "--keep=0.5")
+    is_refused("examples_per_class", "--examples_per_class=4")
+    for name, named in ((f"test/{NAMES[0]}/{{}}.png", "test_pictures"), ("aug/image/gen_000{}.png", "augmented")):
+        first, second = (folder / name.format(number) for number in (0, 1))
+        content = first.read_bytes()
+        shutil.copy(second, first)
+        is_refused(named)
+        first.write_bytes(content)
 
 
 def test_a_start_that_fails_leaves_a_folder_that_can_be_used(folder, monkeypatch):
@@ -314,7 +303,17 @@ def test_weights_are_saved_after_a_comparison_without_them(folder):
         (["--batch_size=1"], "--model: test_byobnet cannot train on 1 pictures of 32x32: "),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(folder, arguments, message):
+def test_bad_input_is_refused_before_anything_is_written(wrong_folders, arguments, message):
+    before = files_below(wrong_folders)
+    with pytest.raises(InputError, match=message):
+        classify(wrong_folders, *arguments)
+    assert files_below(wrong_folders) == before
+
+
+@pytest.fixture(scope="module")
+def wrong_folders(pictures, tmp_path_factory):
+    """Those of `folder`, and others that cannot be used."""
+    folder = shutil.copytree(pictures, tmp_path_factory.mktemp("wrong") / "folder")
     write_augmented(folder / "unfinished", complete=False)
     write_augmented(folder / "others", names=["red kite", "wren", "grey heron"])
     damaged = write_augmented(folder / "damaged") / "image" / "gen_0003.png"
@@ -324,9 +323,7 @@ def test_bad_input_is_refused_before_anything_is_written(folder, arguments, mess
     write_photos(folder / "more", [*NAMES, "wren"], count=1)
     for name in NAMES:
         (folder / "hollow" / name).mkdir(parents=True)
-    with pytest.raises(InputError, match=message):
-        classify(folder, *arguments)
-    assert not (folder / "out").exists() and not (folder / "train" / "out").exists()
+    return folder
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_only_the_lora_and_the_new_rows_are_trained(tiny_model, photos):
         (["3 series", "5 series"], ["3 series", "5 series"]),
     ],
 )
-def test_a_row_starts_as_the_mean_of_its_names_tokens_without_the_numbers_of_folders(tiny_model, tmp_path, folders, words):
+def test_a_row_starts_as_the_mean_of_its_tokens_without_numbers_of_folders(tiny_model, tmp_path, folders, words):
     """Unless it is a part of the name: where other names have none, or where nothing else tells the classes apart."""
     trainer = create_trainer(tiny_model, write_photos(tmp_path / "photos", folders, count=1))
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
