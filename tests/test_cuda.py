@@ -128,7 +128,7 @@ def test_25_steps_of_a_batch_of_8_cost_62_teraflop_a_picture(pipe, on_card, cost
     assert (on_card.flops["loop"] + on_card.flops["decoder"]) / 8e12 == pytest.approx(62.8, **WITHIN_ONE_PERCENT)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_every_operand_is_of_the_type_asked_for(tmp_path, card, dtype):
     """The other tests draw in float16."""
     with FakeCard(card.device) as other:

@@ -86,7 +86,7 @@ def test_labels_stay_on_disk_and_pickles_stay_small(folder):
     assert isinstance(augmented.soft_labels, np.memmap)
     augmented.soft_labels[0]
     again = pickle.loads(pickle.dumps(augmented))
-    assert again._stored_labels is None
+    assert "_labels" not in vars(again)
     assert torch.equal(again[3][1], augmented[3][1])
 
 
@@ -349,37 +349,7 @@ def test_the_epoch_of_a_process_does_not_reach_other_processes(method):
     assert [mixed[index][0].item() for index in range(240)] == draw_epoch(new_numbers(), 2)
 
 
-@start_methods
-def test_two_workers_train_an_epoch(folder, method):
-    skip_without(method)
-    # of libraries only, so that spawned workers import no tests
-    real = TensorDataset(torch.zeros(24, 3, 16, 16, dtype=torch.uint8), torch.arange(24) % 3)
-    mixed = MixedDataset(real, AugmentedDataset(folder, pil_to_tensor), 0.5, CLASS_NAMES)
-    loader = DataLoader(mixed, batch_size=8, shuffle=True, num_workers=2, multiprocessing_context=method)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = model[1].weight.detach().clone()
-    for images, soft_labels in loader:
-        assert soft_labels.shape == (8, 3)
-        loss = torch.nn.functional.cross_entropy(model(images / 255), soft_labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert not torch.equal(model[1].weight, before)
-
-
-def test_errors_name_labels_and_probabilities():
-    with pytest.raises(InputError, match="probability"):
-        MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 1.5)
-    with pytest.raises(ValueError, match="class below 3"):
-        MixedDataset([(0, 3)], Constant(1.0, 3), 0.0, ["a", "b", "c"])[0]
-    with pytest.raises(IndexError):
-        MixedDataset(Constant(0.0, 3), Constant(1.0, 3), 0.0)[3]
-    with pytest.raises(ValueError, match="class below 3"):
-        MixedDataset([(0, "owl")], Constant(1.0, 3), 0.0, ["a", "b", "c"])[0]
-
-
-@pytest.mark.parametrize("label", [True, 1.0, [0.5, 0.6, 0.0], [1.5, -0.5, 0.0], [float("nan"), 0.0, 0.0], None])
+@pytest.mark.parametrize("label", [3, "owl", True, 1.0, [0.5, 0.6, 0.0], [1.5, -0.5, 0.0], [float("nan"), 0.0, 0.0], None])
 def test_an_invalid_label_is_refused(label):
     with pytest.raises(ValueError, match="a label has to be a class below 3 or that many shares of sum 1"):
         MixedDataset([(0, label)], Constant(1.0, 3), 0.0, ["a", "b", "c"])[0]

@@ -12,7 +12,7 @@ from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.errors import InputError
 from noisecutmix.plan import Item
 
-COUNT = 40
+COUNT = 20
 LEFT_HALF, ALL, NOTHING = (0, 0, 16, 32), (0, 0, 32, 32), (0, 0, 0, 0)
 
 
@@ -32,7 +32,7 @@ def classifier(train):
 
 @pytest.fixture(scope="module")
 def generator():
-    return NoiseCutMixGenerator(device="cpu", data_name="digits")
+    return NoiseCutMixGenerator(device="cpu", data_name="digits", num_inference_steps=15)
 
 
 def test_mirrored_digits_are_written_once(train, tmp_path, monkeypatch, capsys):

@@ -313,16 +313,16 @@ def test_two_processes_of_accelerate_draw_what_one_draws(drawn, start, tmp_path,
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_signals_end_five_processes_and_the_sixth_completes_the_data_set(draw, expected, tmp_path):
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")]
-    *stopped, last = [draw(2000, seconds=0.1) for _ in range(6)]
-    wait_for_images(tmp_path / "out", 200, last)
+    *stopped, last = [draw(800, seconds=0.2) for _ in range(6)]
+    wait_for_images(tmp_path / "out", 100, last)
     for process, number in zip(stopped, numbers):
         process.send_signal(number)
     for process, number in zip(stopped, numbers):
         assert "stopped; run the same command again" in end(process, 128 + number)
     last.kill()  # alone it would take long
     last.communicate()
-    run_to_the_end(tmp_path, DIGITS, 2000)
-    assert files_of(tmp_path / "out") == expected(2000)
+    run_to_the_end(tmp_path, DIGITS, 800)
+    assert files_of(tmp_path / "out") == expected(800)
 
 
 def test_generation_draws_once_in_a_launch(run_script, tmp_path, tiny_arguments):

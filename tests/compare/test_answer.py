@@ -22,7 +22,7 @@ from noisecutmix.compare.figures import count_confusions, draw_gained_and_lost, 
 from noisecutmix.photos import find_photos
 
 SENT_BY_SLURM = [name for name in ("SIGUSR1",) if hasattr(signal, name)]
-LARGE = [*QUICK, "--crop_scale=0.2", "--rows", "none", "--baseline=none", "--seeds=3", "--epochs=3"]
+LARGE = [*QUICK, "--crop_scale=0.2", "--rows", "none", "--baseline=none", "--seeds=2", "--epochs=2"]
 
 
 def enlarge_photos(folder, suffix="jpg", size=(400, 320)):

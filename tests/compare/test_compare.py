@@ -31,7 +31,7 @@ from noisecutmix.photos import find_photos, split_photos
 
 
 def test_rows_are_compared_with_the_baseline_seed_by_seed(folder, capsys):
-    results = classify(folder, "--augmented=ours=aug", "--epochs=4")
+    results = classify(folder, "--augmented=ours=aug", "--epochs=2")
     rows = results["rows"]
     assert list(rows) == ["none", "cutmix", "ours", "cutmix+ours"]
     for row in rows.values():
