@@ -18,7 +18,6 @@ from conftest import CLASS_NAMES, DIGITS, ROOT, as_command_line, load_module
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
-from torchvision.transforms.functional import pil_to_tensor
 
 from noisecutmix import AugmentedDataset, MixedDataset
 from noisecutmix.errors import InputError
@@ -349,7 +348,10 @@ def test_the_epoch_of_a_process_does_not_reach_other_processes(method):
     assert [mixed[index][0].item() for index in range(240)] == draw_epoch(new_numbers(), 2)
 
 
-@pytest.mark.parametrize("label", [3, "owl", True, 1.0, [0.5, 0.6, 0.0], [1.5, -0.5, 0.0], [float("nan"), 0.0, 0.0], None])
+NO_LABELS = (3, "owl", True, 1.0, [0.5, 0.6, 0.0], [1.5, -0.5, 0.0], [float("nan"), 0.0, 0.0], None)
+
+
+@pytest.mark.parametrize("label", NO_LABELS)
 def test_an_invalid_label_is_refused(label):
     with pytest.raises(ValueError, match="a label has to be a class below 3 or that many shares of sum 1"):
         MixedDataset([(0, label)], Constant(1.0, 3), 0.0, ["a", "b", "c"])[0]

@@ -32,13 +32,8 @@ def test_box_mask_and_ratio_agree(height, width, alpha, seed):
     assert set(np.unique(pixels)) <= {0, 255}
     assert (pixels[top:bottom, left:right] == 255).all()
     assert area_ratio(box, height, width) == pytest.approx((pixels == 255).mean(), abs=1e-12)
-
-
-@given(height=sides, width=sides, alpha=alphas, seed=seeds)
-def test_public_mask_and_ratio_agree(height, width, alpha, seed):
-    mask, ratio = make_mask_and_ratio((height, width, 3), alpha, np.random.default_rng(seed))
-    assert 0 <= ratio <= 1
-    assert ratio == pytest.approx(np.mean(np.asarray(mask) == 255), abs=1e-12)
+    public, ratio = make_mask_and_ratio((height, width, 3), alpha, np.random.default_rng(seed))
+    assert public == mask and ratio == area_ratio(box, height, width)
 
 
 @pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), 1.7e308, 1e-320, 10**400])
@@ -145,12 +140,6 @@ def test_chosen_classes_keep_box_and_noise(seed, index, target, aug):
     assert plan.item(index, aug=aug).target != aug
 
 
-@given(seed=seeds, alpha=st.floats(0.01, 2), resolution=st.sampled_from([8, 32, 512, 1000]))
-def test_every_box_can_be_previewed(seed, alpha, resolution):
-    item = Plan(seed, 2, alpha, resolution).item(0)
-    draw_preview([Image.new("RGB", (resolution, resolution))], [item], ["one", "two"])
-
-
 def test_boxes_of_one_pixel_can_be_previewed():
     for left in range(20):
         item = Item(0, 0, 1, (left, left, left + 1, left + 1), 0.0, 0, 10)
@@ -185,11 +174,6 @@ def test_mean_area_is_that_of_cutmix():
 def test_an_invalid_plan_is_refused(change):
     with pytest.raises(InputError, match=next(iter(change))):
         Plan(**{"seed": 0, "num_classes": 2, "alpha": 1.0, "resolution": 32, **change})
-
-
-def test_large_alpha_gives_boxes_of_half_the_area():
-    boxes = [sample_cutmix_box(512, 512, 1e6, np.random.default_rng(seed)) for seed in range(200)]
-    assert max(right - left for left, _, right, _ in boxes) == pytest.approx(512 * np.sqrt(0.5), abs=3)
 
 
 @given(seed=seeds, index=st.integers(0, 10**6), alpha=alphas)

@@ -31,15 +31,6 @@ def test_a_single_class_differs_in_mask_label_and_picture_alone(tmp_path, tiny_a
         main()
 
 
-def test_generation_draws_a_single_class(tmp_path, tiny_arguments):
-    for name, *more in (("mixed",), ("single", "--single_class")):
-        arguments = [*tiny_arguments, "--num_gen=4", f"--output_dir={name}", *more]
-        with as_command_line("generation.py", *arguments, folder=tmp_path) as main:
-            main()
-    pictures = [(tmp_path / name / "gen_0000.png").read_bytes() for name in ("mixed", "single")]
-    assert pictures[0] != pictures[1]
-
-
 def test_generation_draws_the_requested_pair(tmp_path, tiny_arguments):
     arguments = [*tiny_arguments, "--num_gen=3", "--target_class=Blue Jay", "--aug_class=0", "--output_dir=out"]
     with as_command_line("generation.py", *arguments, folder=tmp_path) as main:

@@ -54,7 +54,7 @@ import numpy as np
 import torch
 import transformers
 from benchmark_finetune import measure_finetune
-from benchmark_processes import measure_processes
+from benchmark_processes import measure_processes, measure_waiting
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from dry_run import compute_drawing, compute_training, describe, describe_training
@@ -551,7 +551,7 @@ def main() -> None:
     if options.scale:
         return print(measure_scale())
     if options.processes:
-        return print(measure_processes())
+        return print(measure_processes(), measure_waiting(), sep="\n\n")
     if options.finetune:
         return measure_finetune(options)
     rows: list[Row] = []

@@ -2,20 +2,37 @@
 
 benchmark.py --processes prints this table. Eight processes draw with a simulated generator, one of them three times
 slower than the others. The ideal time is that of the sum of their speeds, each from its own start on; the slowest
-one's last block comes on top.
+one's last block comes on top. Then two processes draw the digits on this machine's CPU, for each way in which OpenMP's
+threads may wait.
 """
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+from noisecutmix import script
 
 PROCESSES, SLOWDOWN = 8, 3
 SECONDS_PER_BLOCK = 1.0  # so long that two cores suffice for eight processes; on a GPU a block takes longer
 LENGTHS = (100, 400, 1600)  # blocks
 BATCH_SIZE = 2
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = 48
+DRAW = f"""
+from noisecutmix import NoiseCutMixGenerator
+generator = NoiseCutMixGenerator("cpu", "digits")
+items = list(generator.plan.items({PICTURES}))
+generator.draw(items[:8])
+print("ready", flush=True)
+input()
+for start in range(0, {PICTURES}, 8):
+    generator.draw(items[start : start + 8])
+"""
 BY_RANK, BY_HAND = "RANK and WORLD_SIZE", "no variables"
 
 
@@ -31,10 +48,42 @@ def measure_processes() -> str:
     return "\n".join(lines)
 
 
+def measure_waiting(runs: int = 3) -> str:
+    """Return the table of pictures a second, medians, by one process and by two at the same time, as text."""
+    ways = {"by default": "300000", "with the scripts' setting": script.SHORT_WAIT, "passively": "0"}
+    rates: dict[tuple[str, int], list[float]] = {}
+    for _ in range(runs):
+        for way, spins in ways.items():
+            for count in (1, 2):
+                rates.setdefault((way, count), []).append(draw_at_once(count, spins))
+    lines = [f"{'threads wait':<28}{'one process':>14}{'two':>8}"]
+    for way in ways:
+        one, two = (statistics.median(rates[way, count]) for count in (1, 2))
+        lines.append(f"{way:<28}{one:>14.1f}{two:>8.1f}")
+    return "\n".join(lines)
+
+
+def draw_at_once(count: int, spins: str) -> float:
+    """Return the pictures a second of processes that draw at the same time, after they have started."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK")}
+    environment |= {"GOMP_SPINCOUNT": spins, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", DRAW], env=environment, **pipes) for _ in range(count)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    start = time.perf_counter()
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate()
+    return count * PICTURES / (time.perf_counter() - start)
+
+
 def draw(num_blocks: int, way: str) -> tuple[float, float, int]:
     """Return the seconds from the first start to the last end, the ideal ones, and the number of drawn blocks."""
     with tempfile.TemporaryDirectory() as folder:
-        script = str(Path(__file__).resolve().parent.parent / "simulated.py")
+        simulated = str(ROOT / "tests" / "simulated.py")
         flags = ["--data_name=digits", "--device=cpu", f"--batch_size={BATCH_SIZE}", f"--output_dir={folder}/out"]
         flags += [f"--num_aug={num_blocks * BATCH_SIZE}"]
         processes = []
@@ -44,7 +93,7 @@ def draw(num_blocks: int, way: str) -> tuple[float, float, int]:
             environment = {**os.environ, **variables, "SECONDS_PER_BLOCK": str(seconds), "OMP_NUM_THREADS": "1"}
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, script, *flags],
+                    [sys.executable, simulated, *flags],
                     env=environment,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
