@@ -1,6 +1,7 @@
 """A tiny random Stable Diffusion and Diff-Mix checkpoints for it, written as files; the bundled digits; the scripts."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -17,10 +18,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from PIL import Image
+from random_models import SHAPES, build_components
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from noisecutmix.checkpoint import load_pipeline
 from noisecutmix.errors import InputError, RunError
@@ -44,47 +45,11 @@ def load_module(path):
 
 def build_tiny_components(tokenizer_folder):
     """Return the components of a tiny random Stable Diffusion: pictures of 16x16, a VAE of factor 2."""
-    load_module(DIGITS / "train.py").write_tokenizer(tokenizer_folder)
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    tiny = SHAPES["tiny"]
+    sides = {"unet": {**tiny.unet, "sample_size": 8}, "vae": {**tiny.vae, "sample_size": 16}}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return {
-            "vae": AutoencoderKL(
-                block_out_channels=(8, 16),
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                latent_channels=4,
-                norm_num_groups=4,
-                sample_size=16,
-            ),
-            "text_encoder": CLIPTextModel(
-                CLIPTextConfig(
-                    vocab_size=len(tokenizer),
-                    hidden_size=TINY_WIDTH,
-                    intermediate_size=64,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    max_position_embeddings=tokenizer.model_max_length,
-                    bos_token_id=tokenizer.bos_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            ),
-            "tokenizer": tokenizer,
-            "unet": UNet2DConditionModel(
-                sample_size=8,
-                block_out_channels=(16, 32),
-                layers_per_block=1,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                cross_attention_dim=TINY_WIDTH,
-                attention_head_dim=4,
-                norm_num_groups=8,
-            ),
-            "scheduler": PNDMScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-            ),
-        }
+        return build_components(tokenizer_folder, dataclasses.replace(tiny, **sides))
 
 
 def random_lora(unet, rank=RANK, scale=0.3, seed=1):

@@ -1,5 +1,6 @@
 """The training is Diff-Mix's: what is trained, from what, and in which steps."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -7,10 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from benchmark_finetune import PlainLoop, Setup
 from conftest import RANK, write_photos
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from finetuning import (
+    OWN_RECIPE,
     ROUNDING_UNDER_ADAM,
     SORTED_NAMES,
     STEPS,
@@ -125,57 +127,20 @@ def test_a_step_equals_that_of_a_plain_loop(tiny_model, photos, tmp_path, predic
     (model / "scheduler" / "scheduler_config.json").write_text(
         json.dumps({**config, "prediction_type": prediction_type})
     )
-    trainer = create_trainer(model, photos, learning_rate=1e-2, lr_scheduler="linear")
+    changes = {"learning_rate": 1e-2, "lr_scheduler": "linear"}
+    trainer = create_trainer(model, photos, **changes)
     trainer.latents.encode(tmp_path / "latents.bin", "")
-
-    pipe = StableDiffusionPipeline.from_pretrained(model)
-    pipe.unet.requires_grad_(False)
-    tokens = [f"<class_{label}>" for label in range(3)]
-    pipe.tokenizer.add_tokens(tokens)
-    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
-    table = pipe.text_encoder.get_input_embeddings().weight
-    with torch.no_grad():
-        table[-3:] = trainer.rows
-    old_rows = table[:-3].detach().clone()
-    halves = {name: [half.detach().clone().requires_grad_() for half in pair] for name, pair in trainer.lora.items()}
-    optimizer = torch.optim.AdamW(
-        [{"params": [half for pair in halves.values() for half in pair], "lr": 1e-2}, {"params": [table], "lr": 1e-3}]
-    )
-    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-    found = find_photos(photos)
+    plain = PlainLoop(Setup(photos, "cpu", str(model), dataclasses.replace(OWN_RECIPE, **changes)))
     for step in range(2):
-        for group, rate in zip(optimizer.param_groups, (1e-2, 1e-3)):
+        for group, rate in zip(plain.optimizer.param_groups, (1e-2, 1e-3)):
             group["lr"] = rate * (1 - step / STEPS)
-        samples = [plan_sample(0, 4 * step + i, 9, 1000, (4, 8, 8), True) for i in range(4)]
-        images = [crop_square(open_photo(found.files[sample.picture]), 16) for sample in samples]
-        images = [ImageOps.mirror(image) if sample.view[1] else image for image, sample in zip(images, samples)]
-        pixels = torch.stack([torch.tensor(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
-        captions = [f"a photo of a <class_{found.labels[sample.picture]}> bird" for sample in samples]
-        ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-        with torch.no_grad():
-            posterior = pipe.vae.encode(pixels).latent_dist
-            latents = posterior.mean + posterior.std * torch.stack([sample.posterior_noise for sample in samples])
-            latents *= pipe.vae.config.scaling_factor
-        noise = torch.stack([sample.noise for sample in samples])
-        timesteps = torch.tensor([sample.timestep for sample in samples])
-        target = noise if prediction_type == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
-        noisy = schedule.add_noise(latents, noise, timesteps)
-        changed = {
-            f"{name}.weight": pipe.unet.get_submodule(name).weight + up @ down for name, (down, up) in halves.items()
-        }
-        inputs = (noisy, timesteps, pipe.text_encoder(ids)[0])
-        loss = F.mse_loss(torch.func.functional_call(pipe.unet, changed, inputs).sample, target)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            table[:-3] = old_rows
-        assert trainer.step(step) == (pytest.approx(loss.item(), rel=1e-5), False)
-    for name, pair in halves.items():
-        for half, expected in zip(trainer.lora[name], pair):
-            assert (half - expected).abs().mean() < 1e-5 < half.std()
-    assert (trainer.rows - table[-3:]).abs().mean() < 1e-6
+        loss = plain.step(step)
+        assert trainer.step(step) == (pytest.approx(loss, rel=1e-5), False)
+    halves = [half for pair in trainer.lora.values() for half in pair]
+    assert len(halves) == len(plain.lora)
+    for half, expected in zip(halves, plain.lora):
+        assert (half - expected).abs().mean() < 1e-5 < half.std()
+    assert (trainer.rows - plain.table[-3:]).abs().mean() < 1e-6
 
 
 def test_every_pass_shows_every_picture_once():

@@ -27,7 +27,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
-from PIL import Image
+from PIL import Image, ImageOps
 from random_models import RECIPE, SHAPES, build
 from transformers.utils import logging as transformers_logging
 
@@ -105,10 +105,10 @@ class PlainLoop:
     def step(self, step: int) -> float:
         recipe, photos, device = self.setup.recipe, self.photos, self.setup.device
         size = recipe.effective_batch
-        samples = [
-            plan_sample(recipe.seed, step * size + i, len(photos.files), 1000, self.shape, False) for i in range(size)
-        ]
+        count, flips = len(photos.files), recipe.random_flip
+        samples = [plan_sample(recipe.seed, step * size + i, count, 1000, self.shape, flips) for i in range(size)]
         images = [crop_square(open_photo(photos.files[sample.picture]), recipe.resolution) for sample in samples]
+        images = [ImageOps.mirror(image) if sample.view[1] else image for image, sample in zip(images, samples)]
         pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
         with torch.no_grad():
             posterior = self.pipe.vae.encode(pixels.to(device, self.dtype)).latent_dist
@@ -124,7 +124,9 @@ class PlainLoop:
         with torch.autocast(torch.device(device).type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = self.pipe.text_encoder(ids.to(device))[0].to(self.dtype)
             estimate = self.pipe.unet(noisy, timesteps, encoder_hidden_states=hidden).sample
-        loss = F.mse_loss(estimate.float(), noise)
+        is_noise = self.schedule.config.prediction_type == "epsilon"
+        target = noise if is_noise else self.schedule.get_velocity(latents, noise, timesteps)
+        loss = F.mse_loss(estimate.float(), target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.lora, 1.0)
         self.optimizer.step()
