@@ -1,4 +1,4 @@
-"""Files that are either whole or absent; JSON, PNG, and the record of a folder: read, compared, described."""
+"""Files that are either whole or absent; JSON, PNG, logs, and the record of a folder: read, compared, described."""
 
 import contextlib
 import io
@@ -180,6 +180,25 @@ def decode_png(file: Path) -> Image.Image | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     return image
+
+
+def append_to_log(file: Path, **values: Any) -> None:
+    """Append a line to the log of a training: a CSV file to be plotted, whose first line has the values' names."""
+    cells = (f"{value:.6g}" if isinstance(value, float) else str(value) for value in values.values())
+    line = ",".join(cells) + "\n"
+    with contextlib.suppress(OSError):  # a program that shows it may lock it; a full disk ends the run at its state
+        file.parent.mkdir(exist_ok=True)
+        with open(file, "a", encoding="utf-8", newline="") as log:
+            log.write(line if log.tell() else ",".join(values) + "\n" + line)
+
+
+def tidy_log(file: Path) -> None:
+    """Keep one whole line a step in a log, the newest, in order: a stop or a second process may repeat steps."""
+    with contextlib.suppress(OSError):
+        title, *lines = file.read_bytes().splitlines(keepends=True) or [b""]
+        whole = [line for line in lines if line.endswith(b"\n")]  # a kill or a full disk may leave a part of one
+        by_step = {int(step): line for line in whole if (step := line.partition(b",")[0]).isdigit()}
+        write_file(file, title + b"".join(by_step[step] for step in sorted(by_step)))
 
 
 def check_writable(folder: Path) -> None:

@@ -15,9 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import launch, log, script
+from .. import launch, script
 from ..errors import InputError, RunError
-from ..files import atomic_file, check_same, create_file, describe_program, read_record, write_file, write_png
+from ..files import (
+    append_to_log,
+    atomic_file,
+    check_same,
+    create_file,
+    describe_program,
+    read_record,
+    tidy_log,
+    write_file,
+    write_png,
+)
 from ..photos import Photos
 from .copies import reduce_photos
 from .recipe import Recipe, read_row
@@ -209,7 +219,7 @@ class Comparison:
         mix, name = read_row(row)
         classifier, state_file = self._create_classifier(derive_seed(self.seed, number)), self.state_file(job)
         log_file, taken = self.root / "logs" / f"{row}_seed{number}.csv", 0
-        log.tidy(log_file)
+        tidy_log(log_file)
 
         def after_step(step: int, loss: float, learning_rate: float) -> None:
             nonlocal taken
@@ -217,7 +227,7 @@ class Comparison:
             if taken == 1:
                 bar.total -= step - 1  # of an earlier start
             epoch = step * self.recipe.batch_size / len(self.train.files)
-            log.append(log_file, step=step, epoch=f"{epoch:.3f}", loss=loss, learning_rate=learning_rate)
+            append_to_log(log_file, step=step, epoch=f"{epoch:.3f}", loss=loss, learning_rate=learning_rate)
             bar.update()
             pictures = self.recipe.batch_size * (bar.format_dict["rate"] or 0)
             bar.set_postfix_str(f"loss {loss:.3f}, {pictures:.0f} pictures/s", refresh=False)
@@ -230,7 +240,7 @@ class Comparison:
 
         with atomic_file(self.result_file(job)) as file:  # its temporary name tells the others that the job has begun
             classifier.train(self.train, augmented if name else None, mix, state_file, after_step)
-            log.tidy(log_file)
+            tidy_log(log_file)
             probabilities = classifier.predict(lambda transform: RealPictures(self.test, transform))
             predictions = probabilities.astype(np.float16)
             rounded = np.flatnonzero(predictions.argmax(1) != probabilities.argmax(1))  # two classes became equal

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import launch, log, script
+from .. import launch, script
 from ..classes import STABLE_DIFFUSION
 from ..cli import (
     Parser,
@@ -23,7 +23,7 @@ from ..cli import (
     check_model,
 )
 from ..errors import InputError, RunError, is_out_of_memory
-from ..files import check_writable, describe_differences, describe_program, pin_model
+from ..files import append_to_log, check_writable, describe_differences, describe_program, pin_model, tidy_log
 from ..folder import PREVIEW_FILE
 from ..photos import Photos, Source, find_photos
 from ..plan import seed_record
@@ -245,7 +245,7 @@ def train(
     if is_main:
         folder.begin(description)
         first, state = folder.find_state()
-        log.tidy(folder.log_file)
+        tidy_log(folder.log_file)
     (first,) = broadcast_object_list([first])
     if first:
         state = state or folder.read_state(first)
@@ -275,12 +275,12 @@ def train(
             losses.append(float(f"{loss:.6g}"))
             done = step + 1
             if is_main:
-                log.append(folder.log_file, step=done, loss=loss, **trainer.learning_rates())
+                append_to_log(folder.log_file, step=done, loss=loss, **trainer.learning_rates())
 
             # A state and the checkpoint where they are due
             is_interval = done % options.checkpointing_steps == 0 or done % (options.preview_steps or steps) == 0
             if is_main and (is_interval or is_stopping or done == steps):
-                log.tidy(folder.log_file)
+                tidy_log(folder.log_file)
                 folder.write_state(done, {**trainer.state(), "losses": losses})
                 folder.write_checkpoint(done, losses, classes, trainer.save)
             if is_stopping:
