@@ -23,9 +23,9 @@ SIGNALS = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)  # Windows has the first two
 )
-# OpenMP's threads wait busily for so long by default that two processes on one CPU are four times as slow as one; these
-# settings of a user count, else a short wait, which costs a process that is alone some percent
-WAIT_SETTINGS, SHORT_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"), "6000"
+# by default OpenMP's threads wait busily, so that two processes on one CPU are three times as slow as one; passively,
+# they are faster than one, and one draws the digits by a tenth more slowly (tests/README.md)
+WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -64,8 +64,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     Exit status: 0 complete, 1 stopped by an error, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 128 + N for signal N.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    if not any(name in os.environ for name in WAIT_SETTINGS):  # read when torch is imported
-        os.environ["GOMP_SPINCOUNT"] = SHORT_WAIT
+    if not any(name in os.environ for name in WAIT_SETTINGS):  # of the user; read when torch is imported
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     for stream in (sys.stdout, sys.stderr):
         _keep_writable(stream)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about pictures that are read all the same

@@ -50,12 +50,12 @@ def measure_processes() -> str:
 
 def measure_waiting(runs: int = 3) -> str:
     """Return the table of pictures a second, medians, by one process and by two at the same time, as text."""
-    ways = {"by default": "300000", "with the scripts' setting": script.SHORT_WAIT, "passively": "0"}
+    ways = {"busily, by default": {}, "passively, in the scripts": {"OMP_WAIT_POLICY": "PASSIVE"}}
     rates: dict[tuple[str, int], list[float]] = {}
     for _ in range(runs):
-        for way, spins in ways.items():
+        for way, settings in ways.items():
             for count in (1, 2):
-                rates.setdefault((way, count), []).append(draw_at_once(count, spins))
+                rates.setdefault((way, count), []).append(draw_at_once(count, settings))
     lines = [f"{'threads wait':<28}{'one process':>14}{'two':>8}"]
     for way in ways:
         one, two = (statistics.median(rates[way, count]) for count in (1, 2))
@@ -63,10 +63,11 @@ def measure_waiting(runs: int = 3) -> str:
     return "\n".join(lines)
 
 
-def draw_at_once(count: int, spins: str) -> float:
+def draw_at_once(count: int, settings: dict[str, str]) -> float:
     """Return the pictures a second of processes that draw at the same time, after they have started."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK")}
-    environment |= {"GOMP_SPINCOUNT": spins, "PYTHONPATH": str(ROOT)}
+    unset = ("OMP_NUM_THREADS", *script.WAIT_SETTINGS)
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"PYTHONPATH": str(ROOT), **settings}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([sys.executable, "-c", DRAW], env=environment, **pipes) for _ in range(count)]
     for process in processes:
