@@ -235,8 +235,7 @@ class Comparison:
                 raise AlreadyTrained
 
         def augmented(transform: Any) -> AugmentedPictures:
-            chosen = self.sets[name]
-            return AugmentedPictures(chosen.pictures, self.find_kept(name), transform)
+            return AugmentedPictures(self.sets[name].pictures, self.find_kept(name), transform)
 
         with atomic_file(self.result_file(job)) as file:  # its temporary name tells the others that the job has begun
             classifier.train(self.train, augmented if name else None, mix, state_file, after_step)
