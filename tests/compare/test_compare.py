@@ -25,6 +25,7 @@ from test_bad_input import files_below
 
 from noisecutmix.compare.__main__ import create_parser, parse
 from noisecutmix.compare.report import explain_gain, may_have_seen_share
+from noisecutmix.compare.sets import find_generator
 from noisecutmix.compare.statistics import summarize
 from noisecutmix.errors import InputError, RunError
 from noisecutmix.photos import find_photos, split_photos
@@ -358,6 +359,11 @@ def test_a_split_off_test_says_that_the_generator_may_have_seen_it(folder):
     ) as main:
         main()
     assert "fine-tuned on all of it has seen them" in (folder / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_that_cannot_be_looked_at_tells_nothing():
+    """As one in another user's home folder; root may enter those, but may not give a folder so long a name."""
+    assert find_generator({"ckpt_path": 300 * "a", "options": {"checkpoint": "0", "class_names": NAMES}}) == (None, "")
 
 
 def test_the_number_of_pictures_that_the_generator_saw_is_read_from_its_checkpoint(folder, tiny_checkpoint):
