@@ -79,7 +79,7 @@ def reduce_photos(photos: Photos, hashes: Sequence[str], folder: Path, side: int
         if missing:
             folder.mkdir(exist_ok=True)
         random.Random().shuffle(missing)  # processes that begin at the same time make different ones
-        shows = launch.is_first_process()
+        shows = missing and launch.is_first_process()
         for _ in tqdm(pool.map(make, missing), "reducing photos", len(missing), unit="photo", disable=not shows):
             script.check_signals()
     finally:
