@@ -237,10 +237,17 @@ def create_generator(
     classes: Classes,
     plan: Plan,
     *,
+    model: str,
+    ckpt_path: Path,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float],
+    num_inference_steps: int,
+    dtype: str | None,
+    prompt: str,
+    batch_size: int,
     compile: bool,
-    **arguments: Any,
 ) -> NoiseCutMixGenerator:
-    """Return the generator of a script, compiled if `compile` says so; `arguments` are NoiseCutMixGenerator's.
+    """Return the generator of a script, compiled if `compile` says so; the others are NoiseCutMixGenerator's arguments.
 
     Raises:
         InputError: model, checkpoint or prompt are wrong.
@@ -248,7 +255,19 @@ def create_generator(
     """
     say("loading the model")
     try:
-        generator = NoiseCutMixGenerator(device, classes, plan=plan, **arguments)
+        generator = NoiseCutMixGenerator(
+            device,
+            classes,
+            ckpt_path,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            model=model,
+            dtype=dtype,
+            prompt=prompt,
+            batch_size=batch_size,
+            guidance_interval=guidance_interval,
+            plan=plan,
+        )
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error
