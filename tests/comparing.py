@@ -1,11 +1,13 @@
 """What the tests of the comparison share: coloured noise as photos and augmented sets, and quick options."""
 
 import json
+import random
 import shutil
 import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import MAX_WAIT, as_command_line
 from PIL import Image
 
@@ -19,6 +21,7 @@ QUICK = [
     *("--model=test_byobnet", "--no_pretrained", "--image_size=32", "--epochs=8", "--batch_size=8", "--num_workers=0"),
     *("--learning_rate=0.05", "--device=cpu", "--train_dir=train", "--test_dir=test", "--output_dir=out"),
 ]
+ONE_SEED = ["--rows", "none", "cutmix", "--seeds=1", "--epochs=1"]
 
 
 def draw_colour(name, rng):
@@ -66,10 +69,26 @@ def folder(pictures, tmp_path):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def first_answer(pictures, tmp_path_factory):
+    folder = shutil.copytree(pictures, tmp_path_factory.mktemp("answer"), dirs_exist_ok=True)
+    classify(folder, *ONE_SEED)
+    return folder
+
+
+@pytest.fixture
+def answered(first_answer, tmp_path):
+    """A working directory as `folder`, with the comparison of ONE_SEED."""
+    return shutil.copytree(first_answer, tmp_path, dirs_exist_ok=True)
+
+
 def classify(folder, *arguments):
-    """Run the script in this process, and return its results."""
+    """Run the script in this process, and return its results; global random states are left alone."""
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
     with as_command_line("noisecutmix.compare", *QUICK, *arguments, folder=folder) as main:
         main()
+    assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[2]
+    assert torch.equal(torch.get_rng_state(), before[1])
     output_dir = next(flag for flag in reversed((*QUICK, *arguments)) if flag.startswith("--output_dir"))
     return json.loads((folder / output_dir.partition("=")[2] / "results.json").read_text())
 

@@ -1,6 +1,7 @@
 """A tiny random Stable Diffusion and Diff-Mix checkpoints for it, written as files; the bundled digits; the scripts."""
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import importlib.util
@@ -139,11 +140,17 @@ def tiny_data(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def tiny_pipeline(tiny_model, tiny_checkpoint):
+@pytest.fixture(scope="session")
+def loaded_pipeline(tiny_model, tiny_checkpoint):
     pipe = load_pipeline(str(tiny_model), tiny_checkpoint, device="cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def tiny_pipeline(loaded_pipeline):
+    """A copy for each test, which may change it."""
+    return copy.deepcopy(loaded_pipeline)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.checkpoint import load_pipeline
 from noisecutmix.classes import load_classes
 from noisecutmix.errors import InputError
-from noisecutmix.sources import fingerprint_checkpoint, fingerprint_files, fingerprint_model
+from noisecutmix.lora import fuse_lora, read_lora
+from noisecutmix.sources import find_checkpoint_files, fingerprint_checkpoint, fingerprint_files, fingerprint_model
 
 LORA = "pytorch_lora_weights.safetensors"
 EMBEDDINGS = "learned_embeds-steps-last.bin"
@@ -67,20 +68,26 @@ def in_kohya_keys(layers):
     return state_dict
 
 
-@pytest.mark.parametrize(
-    ("keys", "scale"),
-    [
-        (in_old_keys, 1),
-        (in_prefixed_old_keys, 1),
-        (in_peft_keys, 1),
-        (in_named_adapter_keys, 1),
-        (in_kohya_keys, 0.5),
-    ],
-)
+def unet_with(tiny_model, folder):
+    """Return the UNet's weights with the LoRA in a folder, as `load_pipeline` adds it."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
+    file, _, settings_file = find_checkpoint_files(folder)
+    fuse_lora(unet, *read_lora(file, settings_file), file)
+    return unet.state_dict()
+
+
+def load_whole(model, folder):
+    return load_pipeline(str(model), folder, device="cpu")
+
+
+PLAIN_KEYS = (in_old_keys, in_prefixed_old_keys, in_peft_keys, in_named_adapter_keys)
+
+
+@pytest.mark.parametrize(("keys", "scale"), [*((keys, 1) for keys in PLAIN_KEYS), (in_kohya_keys, 0.5)])
 def test_lora_changes_the_unet_by_up_times_down(tiny_model, tiny_lora, tmp_path, keys, scale):
     write_checkpoint(tmp_path, keys(tiny_lora))
-    before = StableDiffusionPipeline.from_pretrained(tiny_model).unet.state_dict()
-    after = load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict()
+    before = UNet2DConditionModel.from_pretrained(tiny_model / "unet").state_dict()
+    after = unet_with(tiny_model, tmp_path)
     assert after.keys() == before.keys()  # no adapter remains
     for name, weight in before.items():
         layer = name.removesuffix(".weight")
@@ -131,7 +138,7 @@ def assert_weights_are(actual, expected):
 def test_a_lora_saved_by_peft_changes_the_unet_as_peft_does(tiny_model, unet, tmp_path, case):
     merged = save_with_peft(unet, tmp_path, **PEFT_SETTINGS[case])
     write_embeddings(tmp_path)
-    assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), merged)
+    assert_weights_are(unet_with(tiny_model, tmp_path), merged)
 
 
 @pytest.mark.parametrize(("case", "prefix"), [*((case, "unet.") for case in PEFT_SETTINGS), ("alpha pattern", "")])
@@ -144,7 +151,7 @@ def test_settings_in_the_safetensors_file_are_applied(tiny_model, unet, tmp_path
     packed = json.dumps({prefix + name: value for name, value in settings.items()})
     save_file(tensors, tmp_path / LORA, metadata={"format": "pt", "lora_adapter_metadata": packed})
     write_embeddings(tmp_path)
-    assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), merged)
+    assert_weights_are(unet_with(tiny_model, tmp_path), merged)
 
 
 def test_layers_of_several_ranks_keep_their_scale(tiny_model, tiny_components, tmp_path):
@@ -158,12 +165,12 @@ def test_layers_of_several_ranks_keep_their_scale(tiny_model, tiny_components, t
         alphas[f"lora_unet_{name.replace('.', '_')}.alpha"] = torch.tensor(float(number + 1))
         expected[f"{name}.weight"] = expected[f"{name}.weight"] + (number + 1) / len(down) * up @ down
     write_checkpoint(tmp_path, in_kohya_keys(layers) | alphas)
-    assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), expected)
+    assert_weights_are(unet_with(tiny_model, tmp_path), expected)
 
 
-def refusal_of(tiny_model, folder):
+def refusal_of(model, folder, load=unet_with):
     with pytest.raises(InputError) as caught:
-        load_pipeline(str(tiny_model), folder, device="cpu")
+        load(model, folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     return str(caught.value)
 
@@ -220,7 +227,7 @@ def test_settings_of_other_versions_of_peft_change_nothing(tiny_model, unet, tmp
     write_embeddings(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), merged)
+    assert_weights_are(unet_with(tiny_model, tmp_path), merged)
 
 
 @pytest.mark.parametrize(
@@ -245,8 +252,8 @@ def test_a_plain_lora_of_lycoris_is_read_like_one_of_kohya(tiny_model, tiny_lora
     kohya = in_kohya_keys(tiny_lora)
     write_checkpoint(tmp_path / "kohya", kohya)
     write_checkpoint(tmp_path / "lycoris", {name.replace("lora_unet_", "lycoris_"): t for name, t in kohya.items()})
-    expected, actual = (load_pipeline(str(tiny_model), tmp_path / name, "cpu").unet for name in ("kohya", "lycoris"))
-    assert_weights_are(actual.state_dict(), expected.state_dict())
+    expected, actual = (unet_with(tiny_model, tmp_path / name) for name in ("kohya", "lycoris"))
+    assert_weights_are(actual, expected)
     name = next(name for name in kohya if name.endswith("lora_down.weight")).replace("lora_unet_", "lycoris_")
     mid = name.replace("lora_down", "lora_mid")
     write_checkpoint(tmp_path / "mid", {**load_file(tmp_path / "lycoris" / LORA), mid: torch.ones(2, 2)})
@@ -275,8 +282,8 @@ def test_a_pickled_lora_is_read_and_a_hostile_one_refused(tiny_model, tiny_check
     write_embeddings(tmp_path)
     pickled = tmp_path / "pytorch_lora_weights.bin"
     torch.save(in_old_keys(tiny_lora), pickled)
-    expected = load_pipeline(str(tiny_model), tiny_checkpoint, device="cpu").unet.state_dict()
-    assert_weights_are(load_pipeline(str(tiny_model), tmp_path, device="cpu").unet.state_dict(), expected)
+    expected = unet_with(tiny_model, tiny_checkpoint)
+    assert_weights_are(unet_with(tiny_model, tmp_path), expected)
     for content in (pickle.dumps(Hostile()), b"zip?"):
         pickled.write_bytes(content)
         assert f"{pickled} is not a pickle that holds only tensors" in refusal_of(tiny_model, tmp_path)
@@ -439,7 +446,7 @@ def test_a_model_that_is_no_plain_stable_diffusion_is_refused(tiny_model, tiny_c
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     UNet2DConditionModel(**{**config, **OTHER_MODELS[kind]}).save_pretrained(model / "unet")
-    assert "is not a plain Stable Diffusion model, such as 1.5 or 2.1" in refusal_of(model, tiny_checkpoint)
+    assert "is not a plain Stable Diffusion model, such as 1.5 or 2.1" in refusal_of(model, tiny_checkpoint, load_whole)
 
 
 def edit_json(file, **changes):
@@ -472,7 +479,7 @@ def test_a_scheduler_of_another_kind_of_model_is_refused(
     model = shutil.copytree(tiny_model, tmp_path / "model")
     edit_json(model / "model_index.json", scheduler=["diffusers", name])
     edit_json(model / "scheduler" / "scheduler_config.json", _class_name=name, **settings)
-    assert message in refusal_of(model, tiny_checkpoint)
+    assert message in refusal_of(model, tiny_checkpoint, load_whole)
 
 
 def test_a_text_encoder_with_a_projection_is_refused(tiny_model, tiny_checkpoint, tmp_path):
@@ -481,7 +488,7 @@ def test_a_text_encoder_with_a_projection_is_refused(tiny_model, tiny_checkpoint
     shutil.rmtree(model / "text_encoder")
     CLIPTextModelWithProjection(config).save_pretrained(model / "text_encoder")
     edit_json(model / "model_index.json", text_encoder=["transformers", "CLIPTextModelWithProjection"])
-    assert "is not a plain Stable Diffusion model" in refusal_of(model, tiny_checkpoint)
+    assert "is not a plain Stable Diffusion model" in refusal_of(model, tiny_checkpoint, load_whole)
 
 
 @pytest.mark.parametrize("length", [None, 1000])
@@ -782,7 +789,7 @@ def test_weights_that_a_library_would_make_up_are_refused(tiny_model, tiny_check
     change, message = MISFITS[kind]
     names = []
     change_weights(model, part, lambda tensors, name: (names.append(name), change(tensors, name)))
-    refusal = refusal_of(model, tiny_checkpoint)
+    refusal = refusal_of(model, tiny_checkpoint, load_whole)
     wanted = message.format(name=names[0].removeprefix("text_model."))
     assert f"the weights do not fit {part}/config.json: " in refusal and wanted in refusal
 
@@ -795,7 +802,7 @@ def test_a_text_encoder_with_fewer_layers_than_its_config_is_refused(tiny_model,
         content = {**json.loads(config.read_text()), "num_hidden_layers": wanted}
         config.write_text(json.dumps(content))
         if message:
-            assert message in refusal_of(model, tiny_checkpoint)
+            assert message in refusal_of(model, tiny_checkpoint, load_whole)
         else:  # as a config does that skips the last layer
             assert load_pipeline(str(model), tiny_checkpoint, "cpu").text_encoder.config.num_hidden_layers == wanted
 

@@ -11,7 +11,7 @@ from sklearn.svm import SVC
 from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.plan import Item
 
-COUNT = 20
+COUNT = 10
 LEFT_HALF, ALL, NOTHING = (0, 0, 16, 32), (0, 0, 32, 32), (0, 0, 0, 0)
 
 

@@ -96,7 +96,7 @@ def pixels_depend_on_the_batch(monkeypatch):
 def test_bytes_do_not_depend_on_existing_items(pixels_depend_on_the_batch, tmp_path, tiny_arguments):
     script = "augmentation.py"
     (tmp_path / "whole").mkdir()
-    run_to_the_end(tmp_path / "whole", tiny_arguments, 30, script=script)
+    run_to_the_end(tmp_path / "whole", tiny_arguments, 21, script=script)
     expected = files_of(tmp_path / "whole" / "out")
 
     run_to_the_end(tmp_path, tiny_arguments, 13, script=script)
@@ -104,7 +104,6 @@ def test_bytes_do_not_depend_on_existing_items(pixels_depend_on_the_batch, tmp_p
         (tmp_path / "out" / "image" / f"gen_{index:04d}.png").unlink()
     (tmp_path / "out" / "image" / "gen_0003.png").write_bytes(b"")
     run_to_the_end(tmp_path, tiny_arguments, 21, script=script)
-    run_to_the_end(tmp_path, tiny_arguments, 30, script=script)
     assert files_of(tmp_path / "out") == expected
 
 

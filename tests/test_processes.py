@@ -83,7 +83,7 @@ def test_one_of_three_is_frozen_and_one_is_killed(draw, expected, tmp_path):
 
 def test_two_without_any_variable_share_the_work(draw, expected, tmp_path):
     wanted = expected(480)
-    two = [draw(480, seconds=0.1) for _ in range(2)]
+    two = [draw(480, seconds=0.05) for _ in range(2)]
     drawn = [count_blocks(end(process)) for process in two]
     assert files_of(tmp_path / "out") == wanted
     assert sum(drawn) <= 60 + 4 and min(drawn) >= 15, drawn
@@ -92,7 +92,7 @@ def test_two_without_any_variable_share_the_work(draw, expected, tmp_path):
 def test_one_joins_in_the_middle(draw, expected, tmp_path):
     wanted = expected(480)
     first = draw(480, seconds=0.1)
-    wait_for_images(tmp_path / "out", 160, first)
+    wait_for_images(tmp_path / "out", 80, first)
     second = draw(480, seconds=0.1)
     drawn = [count_blocks(end(process)) for process in (first, second)]
     assert files_of(tmp_path / "out") == wanted
@@ -313,7 +313,7 @@ def test_two_processes_of_accelerate_draw_what_one_draws(drawn, start, tmp_path,
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_signals_end_five_processes_and_the_sixth_completes_the_data_set(draw, expected, tmp_path):
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")]
-    *stopped, last = [draw(800, seconds=0.2) for _ in range(6)]
+    *stopped, last = [draw(400, seconds=0.2) for _ in range(6)]
     wait_for_images(tmp_path / "out", 100, last)
     for process, number in zip(stopped, numbers):
         process.send_signal(number)
@@ -321,8 +321,8 @@ def test_signals_end_five_processes_and_the_sixth_completes_the_data_set(draw, e
         assert "stopped; run the same command again" in end(process, 128 + number)
     last.kill()  # alone it would take long
     last.communicate()
-    run_to_the_end(tmp_path, DIGITS, 800)
-    assert files_of(tmp_path / "out") == expected(800)
+    run_to_the_end(tmp_path, DIGITS, 400)
+    assert files_of(tmp_path / "out") == expected(400)
 
 
 def test_generation_draws_once_in_a_launch(run_script, tmp_path, tiny_arguments):

@@ -43,12 +43,10 @@ def run_python(code, *arguments, folder, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "number", "status", "script"),
-    [
-        ("wraps", signal.SIGINT, 130, "augmentation.py"),
-        pytest.param("swallows", signal.SIGTERM, 143, "generation.py", marks=pytest.mark.slow),
-    ],
+    [("wraps", signal.SIGINT, 130, "augmentation.py"), ("swallows", signal.SIGTERM, 143, "generation.py")],
 )
 def test_a_signal_that_a_library_catches_while_loading(tmp_path, tiny_arguments, way, number, status, script):
     arguments = [int(number), way, ROOT / script, *tiny_arguments, "--output_dir=out"]

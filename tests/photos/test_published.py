@@ -8,12 +8,11 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, as_command_line, command, in_old_keys, offline_environment, write_checkpoint
+from conftest import ROOT, as_command_line, in_old_keys, write_checkpoint
 from finetuning import finetune
 from PIL import Image
 from scipy.io import savemat
@@ -397,7 +396,7 @@ def test_a_list_that_does_not_fit_is_refused(tmp_path, lines, message):
 
 
 @pytest.mark.slow
-def test_the_three_commands_of_the_readme_answer_on_cub(archives, tmp_path, tiny_model, tiny_lora):
+def test_the_three_commands_of_the_readme_answer_on_cub(archives, tmp_path, tiny_model, tiny_lora, capsys):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = (block for block in re.findall(r"```sh gpu\n(.*?)```", text, re.DOTALL) if "CUB_200_2011" in block)
     checkpoint = write_checkpoint(tmp_path / "ckpt", in_old_keys(tiny_lora), class_names=NAMES["cub"])
@@ -408,16 +407,12 @@ def test_the_three_commands_of_the_readme_answer_on_cub(archives, tmp_path, tiny
     commands = re.findall(r"uv run .*?(augmentation\.py|noisecutmix\.compare) (.*)", block)
     assert len(commands) == 3
     for script, flags in commands:
-        done = subprocess.run(
-            command(script, *shlex.split(flags), *sizes[script], "--device=cpu"),
-            cwd=tmp_path,
-            env=offline_environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-    assert "CUB-200-2011 as published: 400 pictures for training, 200 for the test" in done.stderr
+        flags = [*shlex.split(flags), *sizes[script], "--device=cpu"]
+        with as_command_line(script, *flags, folder=tmp_path) as main:
+            main()
+    output, errors = capsys.readouterr()
+    assert "CUB-200-2011 as published: 400 pictures for training, 200 for the test" in errors
     results = json.loads((tmp_path / "outputs" / "answer" / "results.json").read_text())["rows"]
     rows = "none cutmix noisecutmix cutmix+noisecutmix stable_diffusion cutmix+stable_diffusion"
     assert list(results) == rows.split()
-    assert "published training pictures" in done.stdout
+    assert "published training pictures" in output
