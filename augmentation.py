@@ -40,13 +40,16 @@ def main() -> None:
     folder = OutputFolder(options.output_dir, plan, options.num_aug, classes.names, data)
     folder.check_usable()
     if not folder.is_complete(options.verify):
-        from noisecutmix.generator import create_generator
+        from noisecutmix import NoiseCutMixGenerator
 
         # loaded before anything is written, since model and checkpoint may be wrong
+        script.say("loading the model")
         arguments = {**cli.generator_arguments(options), "model": model}
-        generator = create_generator(device, classes, plan, **arguments)
+        generator = NoiseCutMixGenerator(device, classes, plan=plan, **arguments)
+        if options.compile:
+            generator.compile()
         run = {
-            **describe_program(options.command),
+            **describe_program(script.program_words()),
             "data_name": options.data_name,
             "model": options.model,
             "model_commit": find_commit(model),

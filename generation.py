@@ -25,14 +25,17 @@ def main() -> None:
     from PIL import Image
     from tqdm import tqdm
 
+    from noisecutmix import NoiseCutMixGenerator
     from noisecutmix.files import write_png
-    from noisecutmix.generator import create_generator
     from noisecutmix.plan import Plan
     from noisecutmix.preview import MAX_PICTURES, draw_preview
 
     names = options.classes.names
     plan = Plan(num_classes=len(names), **cli.plan_arguments(options))
-    generator = create_generator(device, options.classes, plan, **cli.generator_arguments(options))
+    script.say("loading the model")
+    generator = NoiseCutMixGenerator(device, options.classes, plan=plan, **cli.generator_arguments(options))
+    if options.compile:
+        generator.compile()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     delete_earlier_pictures(options.output_dir)
     items = [plan.item(i, options.target_class, options.aug_class) for i in range(options.num_gen)]

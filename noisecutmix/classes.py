@@ -3,15 +3,13 @@
 import dataclasses
 import os
 import re
-import shlex
 import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from .errors import InputError
-from .files import pin_model, read_json
+from .files import pin_model, read_json, recorded_command
 
 META_CLASSES = {"cub": "bird", "flower": "flower", "aircraft": "aircraft", "digits": "digit"}
 DEFAULT_PROMPT = "a photo of a {name} {meta_class}"
@@ -77,19 +75,11 @@ def _read_finetuned(folder: Path) -> Classes:
         raise InputError(f"{folder} has no {FINETUNE_FILE}; give a folder that noisecutmix.finetune wrote", "data_name")
     settings = read_json(folder / FINETUNE_FILE, "data_name", model=str, resolution=int)
     if not (folder / CLASSES_FILE).is_file():
-        command = shlex.join(_command_of(settings))
+        command = recorded_command(settings)
         raise InputError(f"the training in {folder} has no checkpoint yet; continue it with: {command}", "data_name")
     classes = _read_classes(folder / CLASSES_FILE)
     model = pin_model(settings["model"], settings)
     return dataclasses.replace(classes, model=model, resolution=settings["resolution"], ckpt_path=folder)
-
-
-def _command_of(record: dict[str, Any]) -> list[str]:
-    """Return the recorded command of a training; earlier versions had a script in ckpts/."""
-    command = [str(word) for word in record.get("command", [])]
-    if command[1:2] == ["-m"] or command[:1] == ["accelerate"]:
-        return command
-    return ["python", "-m", "noisecutmix.finetune", *command[2:]]
 
 
 def _read_classes(path: Path) -> Classes:

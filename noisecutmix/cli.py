@@ -5,7 +5,6 @@ import functools
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +18,10 @@ from .sources import find_checkpoint_files, read_vae_factor
 
 PLAN_FLAGS = ("seed", "alpha", "resolution", "single_class")
 # the flags that neither the plan nor the generator takes
-SCRIPT_FLAGS = ("output_dir", "num_gen", "num_aug", "verify", "target_class", "aug_class", "data_name", "device")
+SCRIPT_FLAGS = (
+    *("output_dir", "num_gen", "num_aug", "verify", "target_class", "aug_class", "data_name", "device", "compile"),
+    *("classes", "data_flags"),  # which `_parse` adds
+)
 # the flags on which no picture and no label depends, whether directly or, as the model, by the content of files
 NOT_OF_DATA = ("output_dir", "num_aug", "verify", "data_name", "model", "ckpt_path", "device", "batch_size", "compile")
 # the flags of the first version, which run.json always has; later ones only where they are not at their default
@@ -33,7 +35,6 @@ class Parser(argparse.ArgumentParser):
         formatter = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
         program = Path(program_words()[-1]).name  # with -m, argparse would call it __main__.py
         super().__init__(**{"prog": program, "formatter_class": formatter, "allow_abbrev": False, **settings})
-        self.absolute = dict(ABSOLUTE)  # how `command` writes the values of flags, by their type
 
     def error(self, message: str) -> NoReturn:
         if argument := re.match(r"argument --(\S+): ", message):
@@ -64,21 +65,6 @@ class Parser(argparse.ArgumentParser):
             if name in always or value != self.get_default(name)
         }
 
-    def command(self) -> list[str]:
-        """Return this process's command with absolute paths, so that it does the same in every working directory."""
-        words = program_words()
-        convert: Callable[[str], Any] = str
-        for word in sys.argv[1:]:
-            flag, equals, value = word.partition("=")
-            if flag in self._option_string_actions:
-                convert = self.absolute.get(self._option_string_actions[flag].type, str)
-                words.append(flag + equals + (convert(value) if equals else ""))
-            else:
-                words.append(convert(word))
-        if (default := self.get_default("output_dir")) and not any(word.startswith("--output_dir") for word in words):
-            words.append(f"--output_dir={Path(default).absolute()}")
-        return words
-
 
 def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return checked options; target_class and aug_class are labels or None. Raises InputError."""
@@ -92,17 +78,10 @@ def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def parse_augmentation(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return checked options.
-
-    `data_flags` are the values of all flags that the data may depend on, and `command` continues the data set.
-
-    Raises:
-        InputError: a flag is wrong.
-    """
+    """Return checked options; `data_flags` are the values of all that the data may depend on. Raises InputError."""
     parser = create_augmentation_parser()
     options = _parse(parser, arguments)
     options.data_flags = parser.relevant(options, NOT_OF_DATA, FIRST_OF_DATA)
-    options.command = parser.command()
     return options
 
 
@@ -112,9 +91,8 @@ def plan_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def generator_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `create_generator` that are flags: all that nothing else takes."""
-    others = (*PLAN_FLAGS, *SCRIPT_FLAGS, "classes", "data_flags", "command")
-    return {name: value for name, value in vars(options).items() if name not in others}
+    """Return the arguments of `NoiseCutMixGenerator` that are flags: all that nothing else takes."""
+    return {name: value for name, value in vars(options).items() if name not in (*PLAN_FLAGS, *SCRIPT_FLAGS)}
 
 
 def create_generation_parser() -> Parser:
@@ -167,18 +145,6 @@ def as_path(text: str) -> Path:
 
 def as_name_or_path(text: str) -> str:
     return os.path.expanduser(as_text(text))
-
-
-def _absolute_if_there(text: str) -> str:
-    """Return the absolute path of what may also be a name, such as a model's on the hub."""
-    path = Path(os.path.expanduser(text))
-    return str(path.absolute()) if path.exists() and text not in META_CLASSES else text
-
-
-ABSOLUTE: dict[Any, Callable[[str], str]] = {
-    as_path: lambda text: str(as_path(text).absolute()),
-    as_name_or_path: _absolute_if_there,
-}
 
 
 def as_device(text: str) -> str:

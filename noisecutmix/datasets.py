@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 
 from .classes import match_classes
 from .errors import InputError
+from .files import recorded_command
 from .folder import LABELS_FILE, METADATA_FILE, PREFIXES, item_file_name, read_run
 
 
@@ -53,9 +53,7 @@ class AugmentedDataset(Dataset[tuple[Any, torch.Tensor]]):
         self.class_names = list(own_names if class_names is None else class_names)
         order = match_classes(self.class_names, own_names, "class_names", str(self.root))
         self._order = None if order == list(range(len(order))) else order
-        # the last --output_dir counts: the folder may be a copy
-        command = [*map(str, record.get("command", ["python", "augmentation.py"])), f"--output_dir={self.root}"]
-        self._command = shlex.join(command)
+        self._command = recorded_command(record, f"--output_dir={self.root}")  # the last one: it may be a copy
         try:
             self._check_files(record["num_aug"])
         except OSError as error:

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import struct
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -133,11 +135,23 @@ def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def describe_program(command: Sequence[str]) -> dict[str, Any]:
-    """Return what a record says of the program: the command that continues the run, and the versions."""
+    """Return what a record says of the program: the command that continues the run, where it was given, the versions.
+
+    Args:
+        command: the words that start the program; the flags of this process follow them.
+    """
     return {
-        "command": list(command),
+        "command": [*command, *sys.argv[1:]],
+        "working_directory": os.getcwd(),
         "versions": {"noisecutmix": __version__, **{name: version(name) for name in LIBRARIES}},
     }
+
+
+def recorded_command(record: dict[str, Any], *more: str) -> str:
+    """Return the command of a record as a line for a shell, from any folder, with more flags."""
+    line = shlex.join([*map(str, record.get("command", [])), *more])
+    folder = record.get("working_directory")  # earlier versions recorded absolute paths
+    return f"cd {shlex.quote(str(folder))} && {line}" if folder else line
 
 
 def write_png(path: Path, image: Image.Image, comment: str = "") -> None:

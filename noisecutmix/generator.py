@@ -47,6 +47,7 @@ class NoiseCutMixGenerator:
 
     Raises:
         InputError: an argument is wrong; the message names it.
+        RunError: the device has too little memory for the model.
     """
 
     def __init__(
@@ -87,7 +88,14 @@ class NoiseCutMixGenerator:
         model = str(classes.model if model is None else model)
         find_checkpoint_files(Path(ckpt_path))  # before a model is downloaded
         check_schedule(load_sampler(model, dtype, str(device)), num_inference_steps)  # before the weights are loaded
-        self.pipe = load_pipeline(model, ckpt_path, device, dtype)
+        try:
+            self.pipe = load_pipeline(model, ckpt_path, device, dtype)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise RunError(
+                    f"out of memory on {device} while loading the model; is something else using it?"
+                ) from error
+            raise
         self.pipe.set_progress_bar_config(disable=True)
         check_resolution(self.plan.resolution, self.pipe.vae_scale_factor)
         self.pipe.check_steps(num_inference_steps, guidance_scale, guidance_interval)
@@ -191,13 +199,14 @@ class NoiseCutMixGenerator:
         """
         self.pipe.unet.compile(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
         self.pipe.vae.decoder.compile(mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
-        self._pads_batches = True
+        self._pads_batches, start = True, time.perf_counter()
         try:
             self.draw([self.plan.item(0)])
         except RunError:
             raise
         except RuntimeError as error:  # the base of torch's compilation errors, whose messages can have 10 kB
             raise RunError(f"{first_line(error)[:300]}; without it the run is only slower", "compile") from error
+        say(f"compiled in {time.perf_counter() - start:.0f} s")
 
     def _as_labels(self, name: str, labels: Labels) -> list[int]:
         valid = Range(int, 0, self.num_classes - 1)
@@ -230,50 +239,3 @@ class NoiseCutMixGenerator:
                 with torch.no_grad():
                     self._embeds[prompt] = self.pipe.encode_prompt(prompt, self.pipe.device, 1, False)[0]
         return torch.cat([self._embeds[prompt] for prompt in prompts])
-
-
-def create_generator(
-    device: str,
-    classes: Classes,
-    plan: Plan,
-    *,
-    model: str,
-    ckpt_path: Path,
-    guidance_scale: float,
-    guidance_interval: tuple[float, float],
-    num_inference_steps: int,
-    dtype: str | None,
-    prompt: str,
-    batch_size: int,
-    compile: bool,
-) -> NoiseCutMixGenerator:
-    """Return the generator of a script, compiled if `compile` says so; the others are NoiseCutMixGenerator's arguments.
-
-    Raises:
-        InputError: model, checkpoint or prompt are wrong.
-        RunError: the device has too little memory, or PyTorch cannot compile here.
-    """
-    say("loading the model")
-    try:
-        generator = NoiseCutMixGenerator(
-            device,
-            classes,
-            ckpt_path,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            model=model,
-            dtype=dtype,
-            prompt=prompt,
-            batch_size=batch_size,
-            guidance_interval=guidance_interval,
-            plan=plan,
-        )
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise RunError(f"out of memory on {device} while loading the model; is something else using it?") from error
-        raise
-    if compile:
-        start = time.perf_counter()
-        generator.compile()
-        say(f"compiled in {time.perf_counter() - start:.0f} s")
-    return generator

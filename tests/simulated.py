@@ -22,9 +22,10 @@ sys.path.insert(0, str(ROOT))
 class SimulatedGenerator:
     """Draws pictures that depend on the item, the alpha of the run, and nothing else."""
 
-    def __init__(self, alpha):
-        self.seconds, self.alpha = float(os.environ.get("SECONDS_PER_BLOCK", "0")), alpha
+    def __init__(self, device, classes, plan, **arguments):
+        self.seconds, self.alpha = float(os.environ.get("SECONDS_PER_BLOCK", "0")), plan.alpha
         self.num_blocks, self.start = 0, time.time()
+        generators.append(self)
 
     def draw(self, items):
         time.sleep(self.seconds)
@@ -39,14 +40,9 @@ class SimulatedGenerator:
 generators = []
 
 
-def create_generator(device, classes, plan, **arguments):
-    generators.append(SimulatedGenerator(plan.alpha))
-    return generators[-1]
-
-
 def main():
     simulated = types.ModuleType("noisecutmix.generator")
-    simulated.create_generator = create_generator
+    simulated.NoiseCutMixGenerator = SimulatedGenerator
     sys.modules["noisecutmix.generator"] = simulated
     spec = importlib.util.spec_from_file_location("augmentation", ROOT / "augmentation.py")
     augmentation = importlib.util.module_from_spec(spec)

@@ -86,9 +86,11 @@ def test_a_folder_of_finetune_sets_classes_model_and_resolution(tmp_path):
 
 
 def test_a_folder_whose_training_has_no_checkpoint_yet_gives_the_command(tmp_path):
-    folder = write_finetuned(tmp_path / "mine", command=["python", "ckpts/finetune.py", "--data_dir=my photos"])
-    (folder / "classes.json").unlink()  # an earlier version's script is a module now
-    with pytest.raises(InputError, match=r"no checkpoint yet; .*-m noisecutmix.finetune '--data_dir=my photos'$"):
+    record = {"command": ["python", "-m", "noisecutmix.finetune", "--data_dir=my photos"], "working_directory": "/a b"}
+    folder = write_finetuned(tmp_path / "mine", **record)
+    (folder / "classes.json").unlink()
+    line = "cd '/a b' && python -m noisecutmix.finetune '--data_dir=my photos'"
+    with pytest.raises(InputError, match=f"no checkpoint yet; continue it with: {line}$"):
         load_classes(str(folder))
 
 

@@ -126,7 +126,7 @@ def test_an_inconsistent_folder_is_refused(folder, tmp_path):
         AugmentedDataset(root)
     for damaged in (b"", b"\x93NUMPY\x01\x00\x06\x00{'a':("):
         (root / "soft_label.npy").write_bytes(damaged)
-        with pytest.raises(InputError, match=r"soft_label.npy is damaged; repair with: python \S+augmentation.py"):
+        with pytest.raises(InputError, match=r"soft_label.npy is damaged; repair with: cd \S+ && python \S+aug"):
             AugmentedDataset(root)
     with pytest.raises(InputError, match=r"is not a data set of augmentation.py"):
         AugmentedDataset(tmp_path / "nowhere")
@@ -139,9 +139,9 @@ def test_the_suggested_command_repairs_a_copy(tiny_arguments, folder, tmp_path):
     untouched = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     with pytest.raises(InputError) as refusal:
         AugmentedDataset(root)
-    words = shlex.split(str(refusal.value).partition("repair with: ")[2])
+    _, directory, _, *words = shlex.split(str(refusal.value).partition("repair with: ")[2])
     assert words[:2] == ["python", str(ROOT / "augmentation.py")] and words.count(f"--output_dir={root}") == 1
-    with as_command_line(*words[1:], folder=tmp_path) as main:
+    with as_command_line(*words[1:], folder=directory) as main:
         main()
     assert len(AugmentedDataset(root)) == 12
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == untouched

@@ -57,7 +57,7 @@ def test_fewer_items_than_planned_or_completed_are_refused(tmp_path):
 
 def test_a_data_set_of_an_earlier_version_is_read_but_not_continued(out, tmp_path, tiny_arguments):
     record = json.loads((out / "run.json").read_text())
-    run = {name: record.pop(name) for name in ("command", "versions")}
+    run = {name: record.pop(name) for name in ("command", "working_directory", "versions")}
     (out / "run.json").write_text(json.dumps({**record, "runs": [run], "is_cleared": True, "identity": "0"}))
     for file in (out / "image").iterdir():
         Image.open(file).save(file, pnginfo=PngImagePlugin.PngInfo())  # without the mark

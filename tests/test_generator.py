@@ -6,9 +6,8 @@ import torch
 from conftest import CLASS_NAMES
 
 from noisecutmix import NoiseCutMixGenerator
-from noisecutmix.classes import Classes, load_classes
+from noisecutmix.classes import Classes
 from noisecutmix.errors import InputError, RunError, is_out_of_memory
-from noisecutmix.generator import create_generator
 from noisecutmix.plan import Plan
 
 
@@ -130,37 +129,12 @@ def test_items_are_drawn_at_their_size_which_has_to_be_one(generator):
     assert "items: have to be of one resolution" in refusal(InputError, generator.draw, [small, large])
 
 
-def create(plan, **changes):
-    classes = load_classes("digits")
-    arguments = {
-        "ckpt_path": classes.ckpt_path,
-        "model": classes.model,
-        "guidance_scale": 7.5,
-        "guidance_interval": (0.0, 1.0),
-        "num_inference_steps": 1,
-        "dtype": None,
-        "prompt": "a photo of a {name} {meta_class}",
-        "batch_size": 4,
-        "compile": False,
-    }
-    return create_generator("cpu", classes, plan, **{**arguments, **changes})
-
-
-def test_options_of_a_script_create_the_same_generator_as_python():
-    plan = Plan(3, 10, 1.0, 32)
-    made = create(plan)
-    by_hand = make(seed=3, batch_size=4)
-    assert made.batch_size == 4 and made.plan == plan
-    assert np.array_equal(made.draw([plan.item(5)])[0], by_hand.draw([plan.item(5)])[0])
-    assert create(plan, dtype="bfloat16").pipe.unet.dtype == torch.bfloat16
-
-
 def test_too_little_memory_for_the_model_is_reported_in_one_line(monkeypatch):
     def never(*arguments, **named):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: not enough memory: you tried")
 
     monkeypatch.setattr("noisecutmix.generator.load_pipeline", never)
-    message = refusal(RunError, create, Plan(3, 10, 1.0, 32))
+    message = refusal(RunError, make)
     assert message.startswith("out of memory on cpu while loading the model")
 
 

@@ -39,7 +39,6 @@ LOST_WORKER = ("DataLoader worker", "shared memory", "/torch_")  # in torch's me
 
 def create_parser() -> Parser:
     parser = Parser(description="Compare classifiers that are trained with and without augmented data sets.")
-    parser.absolute[as_named_folder] = lambda text: f"{text.partition('=')[0]}={as_named_folder(text)[1].absolute()}"
     default = " (default: %(default)s)"
     add = parser.add_argument_group("pictures").add_argument
     layout = "one folder of pictures per class, or CUB-200-2011, Flowers-102 or Aircraft as published"
@@ -197,7 +196,6 @@ def main() -> None:
         options.output_dir,
         Recipe(**{name: dependencies[name] for name in RECIPE if name in dependencies}),
         dependencies,
-        parser.command(),
         train,
         test,
         (train_hashes, test_hashes),

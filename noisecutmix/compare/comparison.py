@@ -58,7 +58,6 @@ class Comparison:
         root: the folder.
         recipe: how the classifiers are trained.
         dependencies: all that the predictions depend on beside row and seed, as JSON values.
-        command: continues the comparison.
         train, test: the pictures for training and for the test.
         hashes: SHA-256 of each picture for training, and of each one for the test.
         sets: the augmented data sets by their name.
@@ -74,7 +73,6 @@ class Comparison:
     root: Path
     recipe: Recipe
     dependencies: dict[str, Any]
-    command: Sequence[str]
     train: Photos
     test: Photos
     hashes: tuple[Sequence[str], Sequence[str]]
@@ -140,7 +138,7 @@ class Comparison:
 
         # Begin or continue the folder
         self.root.mkdir(parents=True, exist_ok=True)
-        content = {"options": self.dependencies, **describe_program(self.command)}
+        content = {"options": self.dependencies, **describe_program(script.program_words())}
         self._is_new = create_file(self.root / OPTIONS_FILE, json.dumps(content, indent=2).encode())
         self.check_usable()
         (self.root / "results").mkdir(exist_ok=True)

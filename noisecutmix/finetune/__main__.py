@@ -126,7 +126,7 @@ def main() -> None:
     device = script.choose_device(options.device)
     dtype = launch.choose_training_dtype(device, options.dtype)
     listing = describe_listing(photos)
-    command = parser.command()
+    command = script.program_words()
     if num_processes > 1:
         command = ["accelerate", "launch", "--multi_gpu", f"--num_processes={num_processes}", *command[1:]]
     given = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model

@@ -113,14 +113,15 @@ class TrainingFolder:
 
         Args:
             record: JSON values, with `model`, `resolution` and `options`. If there is a record, its own values are kept
-                but for `listing` and `command`.
+                but for `listing` and the command.
 
         Raises:
             InputError: another run has just begun here, with other options.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         create_file(self._record_file, _encode({**record, "steps": 0, "losses": []}))
-        self.record = {**self._read_record(), "listing": record["listing"], "command": record["command"]}
+        newest = {name: record[name] for name in ("listing", "command", "working_directory")}
+        self.record = {**self._read_record(), **newest}
         self._check_options(record["options"])
 
     @property
