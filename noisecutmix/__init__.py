@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # a name imported as itself is one that users may import
     from .checkpoint import load_pipeline as load_pipeline
     from .datasets import AugmentedDataset as AugmentedDataset
+    from .datasets import MixedDataset as MixedDataset
     from .generator import NoiseCutMixGenerator as NoiseCutMixGenerator
-    from .mixed import MixedDataset as MixedDataset
     from .pipeline import NoiseCutMixPipeline as NoiseCutMixPipeline
     from .plan import make_mask_and_ratio as make_mask_and_ratio
 
@@ -26,7 +26,7 @@ __version__ = "1.0.0"
 
 _modules = {
     "AugmentedDataset": "datasets",
-    "MixedDataset": "mixed",
+    "MixedDataset": "datasets",
     "NoiseCutMixGenerator": "generator",
     "NoiseCutMixPipeline": "pipeline",
     "load_pipeline": "checkpoint",

@@ -35,10 +35,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def load_pipeline(
-    model: str,
-    ckpt_path: str | Path,
-    device: str | torch.device = "cuda",
-    dtype: torch.dtype | str | None = None,
+    model: str, ckpt_path: str | Path, device: str | torch.device = "cuda", dtype: torch.dtype | str | None = None
 ) -> NoiseCutMixPipeline:
     """Load a Stable Diffusion model and a Diff-Mix checkpoint, ready to draw.
 
@@ -104,11 +101,8 @@ def load_base_model(model: str, prefers_half: bool) -> NoiseCutMixPipeline:
     taken = (unet.in_channels, unet.out_channels, unet.cross_attention_dim)
     others = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim")
     has_clip = isinstance(pipe.text_encoder, transformers.CLIPTextModel)  # with a projection, it gives one vector
-    if (
-        not has_clip
-        or taken != (channels, channels, pipe.text_encoder.config.hidden_size)
-        or any(map(unet.get, others))
-    ):
+    fits = has_clip and taken == (channels, channels, pipe.text_encoder.config.hidden_size)
+    if not fits or any(map(unet.get, others)):
         raise InputError(f"{model} is not a plain Stable Diffusion model, such as 1.5 or 2.1", "model")
     # without it, a tokenizer would pad captions to no length or to any
     positions = pipe.text_encoder.config.max_position_embeddings
@@ -143,9 +137,7 @@ def _check_scheduler(model: str, scheduler: Any) -> None:
     name, settings = type(scheduler).__name__, scheduler.config
     is_other = name.startswith(("FlowMatch", "EDM", "LCM", "TCD")) or settings.get("use_flow_sigmas")
     if is_other or settings.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
-        raise InputError(
-            f"{model} is a flow-matching, EDM or distilled model ({name}), not a plain Stable Diffusion model", "model"
-        )
+        raise InputError(f"{model} is a flow-matching, EDM or distilled model ({name}), not Stable Diffusion", "model")
     if settings.get("variance_type") in ("learned", "learned_range"):
         kind = settings["variance_type"]
         raise InputError(f"{model} has a scheduler with variance_type {kind!r}, but its UNet predicts none", "model")

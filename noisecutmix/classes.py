@@ -55,11 +55,9 @@ def load_classes(data_name: str) -> Classes:
         return _read_finetuned(path)
     if path.suffix.lower() == ".json":
         return _read_classes(path)
-    raise InputError(
-        f"{data_name!r} is unknown; choose one of {', '.join(META_CLASSES)}, "
-        "or give a .json file or a folder that noisecutmix.finetune wrote",
-        "data_name",
-    )
+    known = ", ".join(META_CLASSES)
+    others = "or give a .json file or a folder that noisecutmix.finetune wrote"
+    raise InputError(f"{data_name!r} is unknown; choose one of {known}, {others}", "data_name")
 
 
 def _read_bundled(name: str) -> Classes:
@@ -204,9 +202,8 @@ def check_prompt(template: str) -> None:
     except ValueError:  # an open brace
         fields = set()
     if name not in fields or not fields <= {name, meta_class}:
-        raise InputError(
-            f"has to be a template with {{name}} and, optionally, {{meta_class}}, not {template!r}", "prompt"
-        )
+        wanted = "has to be a template with {name} and, optionally, {meta_class}"
+        raise InputError(f"{wanted}, not {template!r}", "prompt")
 
 
 def find_placeholders(class_names: Iterable[str], name2placeholder: dict[str, str]) -> list[str]:
@@ -215,12 +212,9 @@ def find_placeholders(class_names: Iterable[str], name2placeholder: dict[str, st
     Raises:
         InputError: the checkpoint has no token for a class.
     """
-    by_key = {comparison_key(name): name for name in name2placeholder}
-    class_names = list(class_names)
-    missing = [name for name in class_names if comparison_key(name) not in by_key]
-    if missing:
-        more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
-        raise InputError(
-            f"the checkpoint has no token for {missing[0]!r}{more}; is it for another data set?", "ckpt_path"
-        )
-    return [name2placeholder[by_key[comparison_key(name)]] for name in class_names]
+    by_key = {comparison_key(name): placeholder for name, placeholder in name2placeholder.items()}
+    keys = {name: comparison_key(name) for name in class_names}
+    if missing := [name for name, key in keys.items() if key not in by_key]:
+        what = repr(missing[0]) + (f" and {len(missing) - 1} more classes" if len(missing) > 1 else "")
+        raise InputError(f"the checkpoint has no token for {what}; is it for another data set?", "ckpt_path")
+    return [by_key[key] for key in keys.values()]

@@ -54,16 +54,10 @@ class Parser(argparse.ArgumentParser):
             irrelevant: the names of flags on which the result does not depend.
             always: the names of flags that are recorded even at their default.
         """
-        values = {
-            action.dest: getattr(options, action.dest)
-            for action in self._actions
-            if action.dest not in (*irrelevant, "help")
-        }
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if name in always or value != self.get_default(name)
-        }
+        names = {action.dest for action in self._actions}.difference(irrelevant, ["help"])
+        values = {name: value for name, value in vars(options).items() if name in names}
+        kept = [name for name, value in values.items() if name in always or value != self.get_default(name)]
+        return {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in kept}
 
 
 def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -129,8 +123,8 @@ def as_number(valid: Range) -> Callable[[str], Any]:
 
 
 def as_text(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; omit the flag for its default")
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is blank; give a text, or omit the flag for its default")
     if text != text.encode(errors="ignore").decode():  # Python decodes invalid bytes as lone surrogates
         raise argparse.ArgumentTypeError(f"{text!a} is not valid text; rename or retype it in UTF-8")
     return text
@@ -165,9 +159,8 @@ def _create_parser(description: str) -> tuple[Parser, Any]:
 def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model and classes")
     data_sets = f"{', '.join(META_CLASSES)}, a .json file of your classes, or a folder of noisecutmix.finetune"
-    model.add_argument(
-        "--data_name", type=as_name_or_path, default="cub", metavar="NAME", help=f"{data_sets} (default: %(default)s)"
-    )
+    data_sets += " (default: %(default)s)"
+    model.add_argument("--data_name", type=as_name_or_path, default="cub", metavar="NAME", help=data_sets)
     default_checkpoint = "(default: ckpts/NAME/shot-1-lora-rank10, or the folder given as --data_name)"
     model.add_argument("--ckpt_path", type=as_path, metavar="DIR", help=f"Diff-Mix checkpoint {default_checkpoint}")
     models = "hub id, id@revision or local diffusers folder (default: the data set's)"
@@ -177,17 +170,10 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
     method = parser.add_argument_group("method")
     add_number(method.add_argument, "alpha", 1.0, "A", "parameter of CutMix's Beta(alpha, alpha)")
-    add_number(
-        method.add_argument, "guidance_scale", 7.5, "W", "classifier-free guidance; a value up to 1 turns it off"
-    )
-    method.add_argument(
-        "--guidance_interval",
-        type=as_number(RANGES["guidance_interval"]),
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("LO", "HI"),
-        help="approximation: apply guidance only in this part of the steps (default: 0 1)",
-    )
+    add_number(method.add_argument, "guidance_scale", 7.5, "W", "classifier-free guidance; up to 1 turns it off")
+    interval = "approximation: apply guidance only in this part of the steps (default: 0 1)"
+    shape: dict[str, Any] = {"type": as_number(RANGES["guidance_interval"]), "nargs": 2, "metavar": ("LO", "HI")}
+    method.add_argument("--guidance_interval", default=(0.0, 1.0), help=interval, **shape)
     single = "draw the target class alone, with a white mask and a one-hot label: the method's baseline"
     method.add_argument("--single_class", action="store_true", help=single)
     add_number(method.add_argument, "num_inference_steps", 25, "N", "denoising steps")

@@ -117,11 +117,8 @@ def pin_model(model: str, record: dict[str, Any] | None) -> str:
 def check_same(root: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise an InputError unless a folder was made with the same options."""
     if differences := describe_differences(there, now):
-        raise InputError(
-            f"{root} was made with another {differences}; "
-            "give the same options, choose another folder, or delete this one",
-            "output_dir",
-        )
+        remedy = "give the same options, choose another folder, or delete this one"
+        raise InputError(f"{root} was made with another {differences}; {remedy}", "output_dir")
 
 
 def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:

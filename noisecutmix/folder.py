@@ -84,10 +84,8 @@ class OutputFolder:
         self.root, self.plan, self.num_items, self.class_names = root, plan, num_items, class_names
         self._options = json.loads(json.dumps(options))
         self._mark = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
-        self._run_file, self._labels = root / RUN_FILE, root / LABELS_FILE
-        self._metadata = root / METADATA_FILE
-        self._run_file_content = b""  # what `begin` finds there
-        self._run_file_status = (0, 0)
+        self._run_file, self._labels, self._metadata = root / RUN_FILE, root / LABELS_FILE, root / METADATA_FILE
+        self._run_file_content, self._run_file_status = b"", (0, 0)  # what `begin` finds there
 
     def check_usable(self) -> None:
         """Check that a data set with these options may be drawn into the folder.
@@ -104,19 +102,13 @@ class OutputFolder:
                 raise InputError(f"{foreign[0]} is not from this program; choose another folder", "output_dir")
             return
         if "runs" in there:
-            raise InputError(
-                f"{self.root} holds a data set of an earlier version, which can be read but not "
-                "continued; choose another folder",
-                "output_dir",
-            )
+            reason = "is of an earlier version, which can be read but not continued"
+            raise InputError(f"the data set in {self.root} {reason}; choose another folder", "output_dir")
         files.check_same(self.root, there["options"], self._options)
         fewest, most = max(there["num_aug"], len(self._read_labels())), 10 ** count_digits(there["num_aug"])
         if not fewest <= self.num_items <= most:
-            raise InputError(
-                f"{self.root} is for {fewest} items, and its file names have room for {most}; ask for a number from "
-                f"{fewest} to {most}, or choose another folder",
-                "num_aug",
-            )
+            reason = f"{self.root} is for {fewest} items, and its file names have room for {most}"
+            raise InputError(f"{reason}; ask for so many, or choose another folder", "num_aug")
 
     def begin(self, run: dict[str, Any]) -> bool:
         """Create the folder and run.json, unless another process has created it; return whether this one has.
@@ -172,11 +164,9 @@ class OutputFolder:
         Args:
             every_pixel: compare every row and every pixel; otherwise at most 1,000 evenly spaced rows.
         """
-        return (
-            (self.root / PREVIEW_FILE).is_file()
-            and self._has_planned_labels(self.num_items if every_pixel else min(self.num_items, ROWS_COMPARED))
-            and not self.find_missing(range(self.num_items), every_pixel)
-        )
+        num_compared = self.num_items if every_pixel else min(self.num_items, ROWS_COMPARED)
+        is_finished = (self.root / PREVIEW_FILE).is_file() and self._has_planned_labels(num_compared)
+        return is_finished and not self.find_missing(range(self.num_items), every_pixel)
 
     def finish(self) -> None:
         """Write preview, metadata and, last, labels. Several processes may do so at once: they write the same bytes.
@@ -238,9 +228,7 @@ class OutputFolder:
             if seen == self._run_file_status or self._run_file.read_bytes() == self._run_file_content:
                 self._run_file_status = seen
                 return
-        raise RunError(
-            f"{self._run_file} was deleted or replaced while this run was drawing; run the same command again"
-        )
+        raise RunError(f"{self._run_file} was deleted or replaced meanwhile; run the same command again")
 
     def _read_labels(self) -> np.ndarray:
         """Return soft_label.npy, mapped into memory; no rows where it is missing or damaged."""

@@ -92,29 +92,21 @@ class NoiseCutMixGenerator:
             self.pipe = load_pipeline(model, ckpt_path, device, dtype)
         except RuntimeError as error:
             if is_out_of_memory(error):
-                raise RunError(
-                    f"out of memory on {device} while loading the model; is something else using it?"
-                ) from error
+                raise RunError(f"out of memory on {device} while loading the model; do others use it?") from error
             raise
         self.pipe.set_progress_bar_config(disable=True)
         check_resolution(self.plan.resolution, self.pipe.vae_scale_factor)
-        self.pipe.check_steps(num_inference_steps, guidance_scale, guidance_interval)
-        self.num_inference_steps = num_inference_steps
-        self.guidance_scale = guidance_scale
-        self.guidance_interval = guidance_interval
+        self._steps = (num_inference_steps, guidance_scale, guidance_interval)
+        self.pipe.check_steps(*self._steps)
         placeholders = find_placeholders(self.class_names, self.pipe.name2placeholder)
         self._prompts = [prompt.format(name=name, meta_class=self.meta_class) for name in placeholders]
         with quiet_libraries():
             longest = max(len(ids) for ids in self.pipe.tokenizer(self._prompts).input_ids)
         if longest > (limit := self.pipe.tokenizer.model_max_length):
-            raise InputError(
-                f"{{name}} or the text after it lies beyond the {limit} tokens that the model reads; "
-                f"shorten the template by {longest - limit} tokens",
-                "prompt",
-            )
+            reason = f"{{name}} or the text after it lies beyond the {limit} tokens that the model reads"
+            raise InputError(f"{reason}; shorten the template by {longest - limit} tokens", "prompt")
         self._embeds: dict[str, torch.Tensor] = {}
-        self._next_index = 0
-        self._pads_batches = False
+        self._next_index, self._pads_batches = 0, False
 
     def __call__(
         self,
@@ -179,9 +171,8 @@ class NoiseCutMixGenerator:
                 if not is_out_of_memory(error):
                     raise
                 if size == 1:
-                    raise RunError(
-                        "out of memory at batch size 1; use a smaller resolution, dtype=float16 or a larger device"
-                    ) from error
+                    remedy = "use a smaller resolution, dtype=float16 or a larger device"
+                    raise RunError(f"out of memory at batch size 1; {remedy}") from error
             # outside the handler, where the memory of the failed attempt is free
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -216,14 +207,14 @@ class NoiseCutMixGenerator:
         batch = list(items)
         if self._pads_batches:
             batch += [batch[-1]] * (self.batch_size - len(batch))
-        is_mixed = not self.plan.single_class
+        is_mixed, (steps, scale, interval) = not self.plan.single_class, self._steps
         images: list[Image.Image] = self.pipe(
             mask=[item.mask() for item in batch] if is_mixed else None,
             height=batch[0].resolution,
             width=batch[0].resolution,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            guidance_interval=self.guidance_interval,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            guidance_interval=interval,
             generator=[torch.Generator().manual_seed(item.noise_seed) for item in batch],
             prompt_1_embeds=self._encode([self._prompts[item.target] for item in batch]),
             prompt_2_embeds=self._encode([self._prompts[item.aug] for item in batch]) if is_mixed else None,

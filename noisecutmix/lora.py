@@ -21,13 +21,8 @@ with quiet_libraries():
 PLAIN_STARTS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
 REPEATABLE_STARTS = ("pissa", "olora")
 UNREAD_SETTINGS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "layer_replication",
-    "megatron_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
+    *("alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config", "target_parameters"),
+    *("trainable_token_indices", "use_bdlora"),
 )
 IGNORED_SETTINGS = ("peft_version", "runtime_config")
 MAX_REASON = 360  # characters: libraries' messages and the names in a file can be of any length

@@ -121,16 +121,13 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         )  # fmt: skip
         all_embeds = [prompt_embeds]
         if is_mixed:
-            all_embeds += self.encode_prompt(
-                prompt_2, device, num_images_per_prompt, False, prompt_embeds=prompt_2_embeds
-            )[:1]
+            second = self.encode_prompt(prompt_2, device, num_images_per_prompt, False, prompt_embeds=prompt_2_embeds)
+            all_embeds.append(second[0])
         if guidance_scale > 1:
             all_embeds.append(uncond_embeds)
         if len(shapes := {tuple(embeds.shape) for embeds in all_embeds}) > 1:
-            raise ValueError(
-                "`prompt_2` and `negative_prompt` have to be as many and as wide as `prompt_1`, "
-                f"but the shapes of the encoded prompts are {shapes}."
-            )
+            wanted = "`prompt_2` and `negative_prompt` have to be as many and as wide as `prompt_1`"
+            raise ValueError(f"{wanted}, but the shapes of the encoded prompts are {shapes}.")
         num_images = len(prompt_embeds)
         prompt_embeds = torch.cat(all_embeds)  # (3B, tokens, width)
 
@@ -170,12 +167,9 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
                 branches = 1 + is_mixed + is_guided
                 latent_model_input = torch.cat([latents] * branches)  # (3B, channels, h, w)
                 latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
-                estimates = self.unet(
-                    latent_model_input,
-                    t,
-                    encoder_hidden_states=prompt_embeds[: branches * num_images],
-                    return_dict=False,
-                )[0].chunk(branches)  # each (B, channels, h, w)
+                embeds = prompt_embeds[: branches * num_images]
+                estimates = self.unet(latent_model_input, t, encoder_hidden_states=embeds, return_dict=False)[0]
+                estimates = estimates.chunk(branches)  # each (B, channels, h, w)
 
                 noise_estimate = estimates[0]
                 if latent_mask is not None:
@@ -191,10 +185,9 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
                     chosen = {name: tensors[name] for name in tensor_names}
                     for name, tensor in (callback_on_step_end(self, i, t, chosen) or {}).items():
                         if name not in tensors or tensor.shape != tensors[name].shape:
-                            raise ValueError(
-                                f"`callback_on_step_end` may change only {', '.join(tensors)}, not their shapes, but "
-                                f"returned {name} {tuple(tensor.shape)}; `guidance_interval` ends guidance early."
-                            )
+                            rule = f"`callback_on_step_end` may change only {', '.join(tensors)}, not their shapes"
+                            found = f"it returned {name} {tuple(tensor.shape)}; `guidance_interval` ends guidance early"
+                            raise ValueError(f"{rule}; {found}.")
                         tensors[name] = tensor
                     latents, prompt_embeds, latent_mask = (
                         tensors["latents"], tensors["prompt_embeds"], tensors.get("mask"),
@@ -235,9 +228,8 @@ class NoiseCutMixPipeline(StableDiffusionPipeline):
         parts = (latents / self.vae.config.scaling_factor).split(max(1, DECODED_PIXELS // pixels))
         decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
         if not torch.isfinite(decoded).all():
-            raise RunError(
-                f"a picture is not finite in {decoded.dtype}; use dtype=bfloat16, and another folder for a data set"
-            )
+            remedy = "use dtype=bfloat16, and another folder for a data set"
+            raise RunError(f"a picture is not finite in {decoded.dtype}; {remedy}")
         return decoded
 
 
@@ -256,10 +248,8 @@ def _to_mask_pictures(mask: Mask | list[Mask], batch_size: int, height: int, wid
 
 def _to_mask_picture(mask: Mask, height: int, width: int) -> Image.Image:
     if isinstance(mask, Image.Image) and mask.has_transparency_data:
-        raise ValueError(
-            f"`mask` of mode {mask.mode} has transparency, so its white area is not clear; "
-            'give mask.getchannel("A") if its shape lies in the alpha channel, else mask.convert("RGB").'
-        )
+        remedy = 'give mask.getchannel("A") if its shape lies in the alpha channel, else mask.convert("RGB").'
+        raise ValueError(f"`mask` of mode {mask.mode} has transparency, so its white area is not clear; {remedy}")
     if isinstance(mask, torch.Tensor):
         mask = mask.detach().cpu().float() if mask.is_floating_point() else mask.cpu()  # numpy has no bfloat16
     holds_levels = isinstance(mask, Image.Image) and not mask.mode.startswith(("F", "I"))  # F, I and I;16 hold numbers
@@ -291,8 +281,5 @@ def check_schedule(scheduler: Any, num_inference_steps: int) -> None:
         reason = f"{num_inference_steps} steps are {made} with the model's timestep_spacing"
         raise InputError(f"{reason} {settings.timestep_spacing!r}; take another number", "num_inference_steps")
     if settings.solver_order > 2 and (scheduler.sigmas.diff() == 0).any():  # Karras' end at sigma_min twice
-        raise InputError(
-            "the model's scheduler has solver_order 3 and sigmas that repeat; set solver_order to 2 in "
-            "scheduler/scheduler_config.json",
-            "model",
-        )
+        remedy = "set solver_order to 2 in scheduler/scheduler_config.json"
+        raise InputError(f"the model's scheduler has solver_order 3 and sigmas that repeat; {remedy}", "model")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -9,15 +10,10 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from .plan import Item
 
-MAX_PICTURES = 16
-COLUMNS = 4
-SIDE = 256
-CAPTION_HEIGHT, LINE_HEIGHT = 54, 24
-MARGIN = 12
-TARGET_COLOR = (214, 39, 40)
-AUG_COLOR = (31, 119, 180)
-LINE_WIDTH = 3
-LEGEND_HEIGHT = 30
+MAX_PICTURES, COLUMNS = 16, 4
+SIDE, MARGIN, LINE_WIDTH = 256, 12, 3  # in pixels, as the next ones
+CAPTION_HEIGHT, LINE_HEIGHT, LEGEND_HEIGHT, LEGEND_SIZE = 54, 24, 30, 14
+TARGET_COLOR, AUG_COLOR = (214, 39, 40), (31, 119, 180)
 LEGEND = [
     ("red: target class, inside the outline", TARGET_COLOR),
     ("blue: aug class, outside", AUG_COLOR),
@@ -26,8 +22,8 @@ LEGEND = [
 FONT_SIZES = range(20, 12, -1)  # in pixels, the preferred one first
 BUILT_IN = ""
 FONTS = (BUILT_IN, "DejaVuSans.ttf", "arial.ttf")  # the built-in one has ASCII letters only
+SHOWN = re.compile("[\0-\u052f\u2010-\u2027]*")  # Latin, Greek, Cyrillic and punctuation, which the other fonts have
 
-LEGEND_SIZE = 14
 Color = tuple[int, int, int]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Caption = tuple[str, int, Color]  # text, label of the class, colour
@@ -35,14 +31,10 @@ Caption = tuple[str, int, Color]  # text, label of the class, colour
 
 def draw_preview(images: Sequence[Image.Image], items: Sequence[Item], class_names: Sequence[str]) -> Image.Image:
     """Return a grid of the pictures, each with its mask outlined and both classes with their label shares below it."""
-    captions = [
-        [
-            (f"{share:.2f}", label, color)
-            for label, share, color in ((item.target, item.ratio, TARGET_COLOR), (item.aug, 1 - item.ratio, AUG_COLOR))
-            if share
-        ]
-        for item in items[: len(images)]
-    ]
+    captions = []
+    for item in items[: len(images)]:
+        shares = ((item.target, item.ratio, TARGET_COLOR), (item.aug, 1 - item.ratio, AUG_COLOR))
+        captions.append([(f"{share:.2f}", label, color) for label, share, color in shares if share])
     outlined = [_outline(image, item.mask()) for image, item in zip(images, items)]
     return draw_grid(outlined, captions, class_names, LEGEND)
 
@@ -52,13 +44,14 @@ def draw_grid(
     captions: Sequence[Sequence[Caption]],
     class_names: Sequence[str],
     legend: Sequence[tuple[str, Color]],
+    columns: int = COLUMNS,
 ) -> Image.Image:
     """Return a grid of the pictures, each with lines below it: a text, the name of a class, and a colour.
 
     The legend, texts and their colours, stands above as many columns as there are texts, or in as many lines, where
     there are fewer columns or a text is wider than one.
     """
-    columns = min(COLUMNS, len(images))
+    columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     caption_height = CAPTION_HEIGHT + LINE_HEIGHT * (max(2, *map(len, captions)) - 2)
     cell_width, cell_height = SIDE + MARGIN, SIDE + caption_height + MARGIN
@@ -77,29 +70,6 @@ def draw_grid(
         for line, (start, label, color) in enumerate(lines):
             text, own_font = _fit_caption(start, class_names[label], label)
             ImageDraw.Draw(grid).text((left, top + SIDE + 4 + LINE_HEIGHT * line), text, fill=color, font=own_font)
-    return grid
-
-
-def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]], legend: str) -> Image.Image:
-    """Return a row for each class: its name above its pictures. More than four classes get two columns.
-
-    Args:
-        rows: (class name, pictures), with equally many pictures in each row.
-        legend: a text above all rows.
-    """
-    side, top = SIDE // 2, 30
-    columns = 2 if len(rows) > 4 else 1
-    step = side + MARGIN
-    width, height = step * len(rows[0][1]) + MARGIN, step + top
-    grid = Image.new("RGB", (width * columns, LEGEND_HEIGHT + height * -(-len(rows) // columns)), "white")
-    ImageDraw.Draw(grid).text((MARGIN, 6), legend, fill="black", font=_load_font(BUILT_IN, LEGEND_SIZE))
-    for number, (name, images) in enumerate(rows):
-        left, upper = number % columns * width + MARGIN, LEGEND_HEIGHT + number // columns * height
-        text, font = _fit_caption("", name, number)
-        ImageDraw.Draw(grid).text((left, upper + 4), text, fill="black", font=font)
-        for place, image in enumerate(images):
-            scaled = image.resize((side, side), Image.Resampling.BICUBIC)
-            grid.paste(scaled, (left + step * place, upper + top))
     return grid
 
 
@@ -140,13 +110,10 @@ def _load_font(file: str, size: int) -> Font:
 
 
 def _can_show(file: str, text: str) -> bool:
-    """Return whether a font is installed and shows a text: ASCII, or Latin, Greek, Cyrillic and punctuation."""
+    """Return whether a font is installed and shows a text, letter by letter."""
     if file == BUILT_IN:
         return text.isascii()
     with contextlib.suppress(OSError):  # the font is not installed
         _load_font(file, FONT_SIZES[0])
-        return all(
-            (letter < "\u0530" or "\u2010" <= letter <= "\u2027") and not unicodedata.combining(letter)
-            for letter in text
-        )
+        return bool(SHOWN.fullmatch(text)) and not any(map(unicodedata.combining, text))
     return False

@@ -18,11 +18,8 @@ from .errors import InputError, RunError
 
 HOW_TO_CONTINUE = "run the same command again"
 # those that end a run: a closed terminal sends SIGHUP, Slurm's --signal and submitit SIGUSR1 or SIGUSR2
-SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)  # Windows has the first two
-)
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Windows has the first two
+SIGNALS = tuple(getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name))
 # by default OpenMP's threads wait busily, so that two processes on one CPU are three times as slow as one; passively,
 # they are faster than one, and one draws the digits by a tenth more slowly (tests/README.md)
 WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

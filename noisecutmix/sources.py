@@ -178,17 +178,14 @@ def _download(model: str, prefers_half: bool) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=needed))
     except InputError:
         raise
-    except errors.GatedRepoError as error:
-        reason = f"{name} is gated: accept its conditions on its page of the hub, and set HF_TOKEN"
-        raise InputError(reason, "model") from error
-    except errors.RepositoryNotFoundError as error:
-        reason = f"the hub has no {name}, or it is private: check the name, or set HF_TOKEN"
-        raise InputError(f"{model} is no local folder, and {reason}", "model") from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(f"{name} has no revision {revision!r} on the hub", "model") from error
     except Exception as error:  # depending on its version, huggingface_hub raises its own, requests' or httpx's errors
-        raise InputError(
-            f"{model} is no local folder, is not complete in the hub's cache, and cannot be downloaded from the hub "
-            f"({first_line(error)}); download it once (README) or give a local diffusers folder",
-            "model",
-        ) from error
+        if isinstance(error, errors.GatedRepoError):
+            reason = f"{name} is gated: accept its conditions on its page of the hub, and set HF_TOKEN"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = f"{model} is no local folder, and the hub has no {name}, or it is private (then set HF_TOKEN)"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            reason = f"{name} has no revision {revision!r} on the hub"
+        else:
+            lack = f"{model} is no local folder, is not complete in the hub's cache, and cannot be downloaded"
+            reason = f"{lack} ({first_line(error)}); download it once (README) or give a local diffusers folder"
+        raise InputError(reason, "model") from error

@@ -106,7 +106,7 @@ CASES = {
     "prompt with a token": (BOTH[:1], ["--prompt=a photo of a <class_0>"], "has to be a template"),
     "model a missing folder": (BOTH, ["--model=./nowhere"], "--model: ./nowhere is no folder, and no id on the hub"),
     "model a file": (BOTH, ["--model=/etc/passwd"], "--model: /etc/passwd is a single file; convert it once"),
-    "model empty": (BOTH, ["--model="], "--model: is empty"),
+    "model empty": (BOTH, ["--model="], "--model: is blank"),
     "model without VAE blocks": (BOTH[:1], ["--model=blockless"], "--model: blockless/vae/config.json has no "),
     "model without revision": (
         BOTH[:1],
@@ -120,7 +120,7 @@ CASES = {
     ),
     "checkpoint of an unknown user": (BOTH[:1], ["--ckpt_path=~nobody9/x"], "--ckpt_path: no home folder is known for"),
     "model of an unknown user": (BOTH[:1], ["--model=~nobody9/x"], "--model: ~nobody9/x is no folder"),
-    "output empty": (BOTH, ["--output_dir="], "--output_dir: is empty"),
+    "output empty": (BOTH, ["--output_dir="], "--output_dir: is blank"),
     "output a file": (BOTH, ["--output_dir=a_file"], "--output_dir: "),
     "output below a file": (BOTH, ["--output_dir=a_file/deeper"], "a_file cannot be written: "),
     "seed negative": (BOTH, ["--seed=-1"], "--seed: has to be a whole number from 0 to"),

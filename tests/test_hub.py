@@ -166,7 +166,7 @@ def test_three_weight_files_of_one_precision_are_fetched(hub, find):
         ("RepoNotFound", NAME, f"the hub has no {NAME}, or it is private"),
         ("", f"{NAME}@typo", f"--model: {NAME} has no revision 'typo' on the hub"),
         ("", "no/such:name", "cannot be downloaded"),
-        pytest.param("silent", NAME, "cannot be downloaded from the hub", marks=pytest.mark.slow),
+        pytest.param("silent", NAME, "cannot be downloaded", marks=pytest.mark.slow),
     ],
 )
 def test_each_refusal_has_its_own_sentence(hub, find, mode, model, message):

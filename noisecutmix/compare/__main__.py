@@ -69,8 +69,7 @@ def create_parser() -> Parser:
     add("--save_weights", action="store_true", help=weights)
     report = "only print the accuracies of the classifiers that are trained already"
     add("--report", action="store_true", help=report)
-    copies = "keep the reduced copies of large photos, for more seeds or rows"
-    add("--keep_copies", action="store_true", help=copies)
+    add("--keep_copies", action="store_true", help="keep the reduced copies of large photos, for more seeds or rows")
 
     add = parser.add_argument_group("training").add_argument
     recipe = "defaults as Diff-Mix trains classifiers, for --image_size 224, 384 or 448; any flag overrides them"
@@ -135,10 +134,6 @@ def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namesp
         folders["test_dir"] = options.test_dir.resolve()
         if options.test_list:
             raise InputError("give --test_dir or --test_list, not both", "test_list")
-        for inner, outer in (("test_dir", "train_dir"), ("train_dir", "test_dir")):
-            is_inside = folders[outer] in (folders[inner], *folders[inner].parents)
-            if is_inside and not (folders[outer].is_dir() and find_archive(folders[outer])):
-                raise InputError(f"{folders[inner]} lies in --{outer}; the test needs pictures of its own", inner)
     for option, folder in folders.items():
         if folder in (output_dir, *output_dir.parents):
             raise InputError(f"{output_dir} lies in --{option}, where each folder is a class", "output_dir")
@@ -146,9 +141,8 @@ def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namesp
         check_writable(options.output_dir)
     for library in ("timm", "matplotlib", "scipy"):
         if importlib.util.find_spec(library) is None:
-            raise InputError(
-                f"{library} is not installed; start with: uv run --extra classify -m noisecutmix.compare …"
-            )
+            start = "uv run --extra classify -m noisecutmix.compare …"
+            raise InputError(f"{library} is not installed; start with: {start}")
     return options
 
 
@@ -234,10 +228,8 @@ def main() -> None:
         if is_out_of_memory(error):
             raise RunError("out of memory; use a smaller --batch_size in another folder") from error
         if any(sign in str(error) for sign in LOST_WORKER):
-            raise RunError(
-                "a process that reads pictures has ended, probably for lack of shared memory (a container has 64 MB by "
-                "default): use --num_workers=0, or start the container with --shm-size=2g",
-            ) from error
+            reason = "a process that reads pictures has ended, probably for lack of shared memory (in a container?)"
+            raise RunError(f"{reason}: use --num_workers=0, or start the container with --shm-size=2g") from error
         raise
     from .report import write_report
 

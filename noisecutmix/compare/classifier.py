@@ -18,24 +18,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .. import script
+from ..datasets import MixedDataset
 from ..errors import InputError, RunError, first_line, is_out_of_memory
 from ..files import atomic_file
-from ..mixed import MixedDataset
 from ..photos import Photos
 from ..plan import seed_sequence
-from .items import (
-    AugmentedPictures,
-    RealPictures,
-    SeededItems,
-    derive_seed,
-    draw_batches,
-    keeping_global_state,
-    mix_batch,
-    seed_global_state,
-)
+from .items import RealPictures, SeededItems, derive_seed, draw_batches, keep_global_state, mix_batch, seed_global_state
 from .recipe import Recipe
 
 with warnings.catch_warnings():  # older versions of timm use what newer ones of torch deprecate
@@ -70,7 +61,7 @@ class Classifier:
             config = timm.get_pretrained_cfg(recipe.model)
             if recipe.image_size and config and config.fixed_input_size:
                 self.arguments["img_size"] = recipe.image_size
-            with keeping_global_state():
+            with keep_global_state():
                 seed_global_state(seed)
                 model = timm.create_model(**self.arguments, pretrained=recipe.pretrained)
         except Exception as error:  # of timm, the hub and the network
@@ -97,7 +88,7 @@ class Classifier:
         """Raise an InputError if the model cannot train on batches of this size."""
         size, recipe = self.data_config["input_size"], self.recipe
         try:
-            with torch.no_grad(), keeping_global_state(self.device), self._autocast():
+            with torch.no_grad(), keep_global_state(self.device), self._autocast():
                 self.model.train()(torch.zeros(recipe.batch_size, *size, device=self.device))
         except (RuntimeError, ValueError, AssertionError) as error:
             if is_out_of_memory(error):
@@ -108,7 +99,7 @@ class Classifier:
     def train(
         self,
         photos: Photos,
-        augmented: Callable[[Any], AugmentedPictures] | None,
+        augmented: Callable[[Any], Dataset[Any]] | None,
         mix: str,
         state_file: Path,
         after_step: Callable[[int, float, float], None],
@@ -143,12 +134,10 @@ class Classifier:
 
         # Optimiser and schedule
         steps, mix_rng = self.steps(num_pictures), np.random.default_rng(seed_sequence(self.seed, 3))
-        optimizer = create_optimizer_v2(
-            self.model, opt="sgd", lr=recipe.learning_rate, weight_decay=recipe.weight_decay, momentum=MOMENTUM
-        )
-        schedule = CosineLRScheduler(
-            optimizer, steps + 1, warmup_t=math.ceil(recipe.warm_up * steps), warmup_lr_init=0.0, t_in_epochs=False
-        )
+        rates = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "momentum": MOMENTUM}
+        optimizer = create_optimizer_v2(self.model, opt="sgd", **rates)
+        warm_up = {"warmup_t": math.ceil(recipe.warm_up * steps), "warmup_lr_init": 0.0}
+        schedule = CosineLRScheduler(optimizer, steps + 1, t_in_epochs=False, **warm_up)
         scaler = torch.amp.GradScaler(enabled=recipe.dtype == "float16")
 
         # The state of an earlier start
@@ -158,7 +147,7 @@ class Classifier:
         # Steps
         items, left = SeededItems(mixed, derive_seed(self.seed, 1)), itertools.islice(batches, first, None)
         self.model.train()
-        with keeping_global_state(device), script.deferring_signals():
+        with keep_global_state(device), script.deferring_signals():
             for step, (pictures, labels) in enumerate(self._loader(items, batch_sampler=left), first):
                 seed_global_state(derive_seed(self.seed, 4, step), device)  # for dropout
                 pictures = pictures.to(device, memory_format=torch.channels_last)

@@ -5,29 +5,19 @@ has finished or begun, and a finished job is a file that appears whole.
 """
 
 import contextlib
-import functools
 import io
 import json
 import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import launch, script
+from .. import files, launch, script
 from ..errors import InputError, RunError
-from ..files import (
-    append_to_log,
-    atomic_file,
-    check_same,
-    create_file,
-    describe_program,
-    read_record,
-    tidy_log,
-    write_file,
-    write_png,
-)
+from ..files import atomic_file, create_file, describe_program, read_record, write_file, write_png
 from ..photos import Photos
 from .copies import reduce_photos
 from .recipe import Recipe, read_row
@@ -102,7 +92,7 @@ class Comparison:
             if (self.root / "results").exists():
                 raise InputError(f"{self.root} has results without {OPTIONS_FILE}; choose another folder", "output_dir")
             return True
-        check_same(self.root, there["options"], self.dependencies)
+        files.check_same(self.root, there["options"], self.dependencies)
         return False
 
     def result_file(self, job: Job) -> Path:
@@ -121,10 +111,10 @@ class Comparison:
         """Return whether a job's result is there, and what else its classifier has to leave."""
         if not self.result_file(job).exists():
             return False
-        files = [self.weights_file(job[0])] if self.saves_weights and job[1] == 0 else []
+        needed = [self.weights_file(job[0])] if self.saves_weights and job[1] == 0 else []
         if job == REFERENCE and self.read_top1(job) >= MIN_ACCURACY:
-            files += map(self.losses_file, self.sets)
-        return all(file.exists() for file in files)
+            needed += map(self.losses_file, self.sets)
+        return all(file.exists() for file in needed)
 
     def train_missing(self) -> None:
         """Train all classifiers that have no result yet, but those that other processes finish first."""
@@ -211,13 +201,13 @@ class Comparison:
         """Train the classifier of a row and seed, and write its result. Raises AlreadyTrained."""
         import numpy as np
 
-        from .items import AugmentedPictures, RealPictures, derive_seed
+        from .items import RealPictures, choose_augmented, derive_seed
 
         row, number = job
         mix, name = read_row(row)
         classifier, state_file = self._create_classifier(derive_seed(self.seed, number)), self.state_file(job)
         log_file, taken = self.root / "logs" / f"{row}_seed{number}.csv", 0
-        tidy_log(log_file)
+        files.tidy_log(log_file)
 
         def after_step(step: int, loss: float, learning_rate: float) -> None:
             nonlocal taken
@@ -225,19 +215,17 @@ class Comparison:
             if taken == 1:
                 bar.total -= step - 1  # of an earlier start
             epoch = step * self.recipe.batch_size / len(self.train.files)
-            append_to_log(log_file, step=step, epoch=f"{epoch:.3f}", loss=loss, learning_rate=learning_rate)
+            files.append_to_log(log_file, step=step, epoch=f"{epoch:.3f}", loss=loss, learning_rate=learning_rate)
             bar.update()
             pictures = self.recipe.batch_size * (bar.format_dict["rate"] or 0)
             bar.set_postfix_str(f"loss {loss:.3f}, {pictures:.0f} pictures/s", refresh=False)
             if taken % LOOKED_AFTER == 0 and self.is_done(job):
                 raise AlreadyTrained
 
-        def augmented(transform: Any) -> AugmentedPictures:
-            return AugmentedPictures(self.sets[name].pictures, self.find_kept(name), transform)
-
         with atomic_file(self.result_file(job)) as file:  # its temporary name tells the others that the job has begun
-            classifier.train(self.train, augmented if name else None, mix, state_file, after_step)
-            tidy_log(log_file)
+            chosen = partial(choose_augmented, self.sets[name].pictures, self.find_kept(name)) if name else None
+            classifier.train(self.train, chosen, mix, state_file, after_step)
+            files.tidy_log(log_file)
             probabilities = classifier.predict(lambda transform: RealPictures(self.test, transform))
             predictions = probabilities.astype(np.float16)
             rounded = np.flatnonzero(predictions.argmax(1) != probabilities.argmax(1))  # two classes became equal
@@ -256,14 +244,14 @@ class Comparison:
         import numpy as np
 
         from .figures import draw_highest_losses
-        from .items import AugmentedPictures
+        from .items import choose_augmented
 
         if top1 < MIN_ACCURACY:
             if self.keep < 1:
                 raise RunError(f"{describe_weak_reference(top1)}; use another folder, without --keep")
             return
         for name, chosen in self.sets.items():
-            items = functools.partial(AugmentedPictures, chosen.pictures, range(len(chosen.pictures)))
+            items = partial(choose_augmented, chosen.pictures, range(len(chosen.pictures)))
             probabilities, labels = classifier.predict(items), chosen.pictures.soft_labels
             losses = -(labels * np.log(np.maximum(probabilities, 1e-12))).sum(1)
             content = io.BytesIO()

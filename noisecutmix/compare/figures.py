@@ -110,11 +110,8 @@ def draw_gained_and_lost(
     shares = {name: (predicted[name] == labels).mean(0) for name in (baseline, row)}
     difference, grids = shares[row] - shares[baseline], []
     for winner, loser, sign in ((row, baseline, -1), (baseline, row, 1)):
-        found = [
-            int(place)
-            for place in np.argsort(sign * difference, kind="stable")
-            if shares[winner][place] > 0.5 >= shares[loser][place]
-        ]
+        order = np.argsort(sign * difference, kind="stable").tolist()
+        found = [place for place in order if shares[winner][place] > 0.5 >= shares[loser][place]]
         if not found:
             continue
         legend = [

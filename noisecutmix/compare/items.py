@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 
-from ..datasets import AugmentedDataset
-from ..mixed import MixedDataset
+from ..datasets import AugmentedDataset, MixedDataset
 from ..photos import Photos
 from ..plan import area_ratio, sample_cutmix_box, seed_sequence
 
@@ -43,19 +44,11 @@ class RealPictures:
         return self._transform(picture), self._photos.labels[index]
 
 
-class AugmentedPictures:
-    """The items `indices` of an augmented data set as (picture, soft label)."""
-
-    def __init__(self, pictures: AugmentedDataset, indices: Sequence[int], transform: Transform):
-        self.class_names = pictures.class_names
-        self._pictures, self._indices, self._transform = pictures, indices, transform
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        picture, label = self._pictures[self._indices[index]]
-        return self._transform(picture), label
+def choose_augmented(pictures: AugmentedDataset, indices: Sequence[int], transform: Transform) -> Subset[Any]:
+    """Return items of an augmented data set as (picture, soft label), with a transform of their own."""
+    own = copy.copy(pictures)
+    own.transform = transform
+    return Subset(own, indices)
 
 
 class SeededItems:
@@ -123,7 +116,7 @@ def seed_global_state(seed: int, device: str = "cpu") -> None:
 
 
 @contextlib.contextmanager
-def keeping_global_state(device: str = "cpu") -> Iterator[None]:
+def keep_global_state(device: str = "cpu") -> Iterator[None]:
     """Restore the state of Python's and torch's global generators at the end."""
     state = random.getstate()
     try:

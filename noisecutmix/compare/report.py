@@ -35,10 +35,8 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
 
     # Differences and their errors
     test_labels, class_names = np.array(comparison.test.labels), comparison.train.class_names
-    predicted = {
-        row: np.stack([comparison.read_predicted((row, seed)) for seed in range(comparison.seeds)])
-        for row in comparison.rows
-    }
+    seeds = range(comparison.seeds)
+    predicted = {row: np.stack([comparison.read_predicted((row, n)) for n in seeds]) for row in comparison.rows}
     is_right = {row: values == test_labels for row, values in predicted.items()}
     summary = summarize(is_right, test_labels, baseline)
 
@@ -46,16 +44,13 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
     seen: dict[str, Sequence[str]] = {"": ("real pictures seen by the classifier", "by the generator", "augmented")}
     for row, entry in summary.items():
         _, name = read_row(row)
-        entry["real_pictures"] = num_train
-        seen_by_generator = sets[name].seen if name else (0, None, 0)
-        num_seen = seen_by_generator[0] if seen_by_generator else None
-        entry["real_pictures_of_generator"] = num_seen
-        entry["augmented_pictures"] = len(comparison.find_kept(name)) if name else 0
-        seen[row] = (
-            f"{num_train}",
-            "" if not name else PUBLISHED.get(sets[name].checkpoint, "unknown") if num_seen is None else f"{num_seen}",
-            f"{entry['augmented_pictures']}" if name else "",
-        )
+        by_generator = sets[name].seen if name else (0, None, 0)
+        num_seen, kept = by_generator and by_generator[0], len(comparison.find_kept(name)) if name else 0
+        entry |= {"real_pictures": num_train, "real_pictures_of_generator": num_seen, "augmented_pictures": kept}
+        seen[row] = (f"{num_train}", "", "")
+        if name:
+            known = PUBLISHED.get(sets[name].checkpoint, "unknown") if num_seen is None else f"{num_seen}"
+            seen[row] = (f"{num_train}", known, f"{kept}")
 
     # Which classes gain, and whether they are those of which there are many augmented pictures
     counts = {name: chosen.pictures.soft_labels[comparison.find_kept(name)].sum(0) for name, chosen in sets.items()}
@@ -80,15 +75,13 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         )
     for name, chosen in sets.items():
         if chosen.checkpoint == "flower":
+            half = "trained on a random half of all pictures, perhaps of the published test, too"
             notes.append(
-                f"Warning: {name} was drawn with Diff-Mix's flower checkpoint, which was trained on a random half of "
-                "all pictures, so it may have seen half of the published test pictures: its rows may come out too good."
+                f"Warning: {name} was drawn with Diff-Mix's flower checkpoint, {half}: it may come out too good."
             )
         elif chosen.checkpoint and not comparison.test.published:
-            notes.append(
-                f"Warning: {name} was drawn with Diff-Mix's {chosen.checkpoint} checkpoint, which has seen the "
-                "published training pictures; only the published test pictures are new to it."
-            )
+            seen_ones = "which has seen the published training pictures; only the published test pictures are new to it"
+            notes.append(f"Warning: {name} was drawn with Diff-Mix's {chosen.checkpoint} checkpoint, {seen_ones}.")
     if sets and comparison.result_file(REFERENCE).exists():
         top1 = comparison.read_top1(REFERENCE)
         pictures = ", ".join(f"highest_loss_{name}.png" for name in sets)
@@ -96,19 +89,15 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         looks = f"Look at the augmented pictures on which the first classifier of row none is worst: {pictures}."
         notes.append(f"{weak}." if top1 < MIN_ACCURACY else looks)
 
-    notes += [
-        sentence
-        for row in comparison.rows
-        if (name := read_row(row)[1])
-        for sentence in explain_gain(row, of_classes[row][1], counts[name], test_labels)
-    ]
+    for row in comparison.rows:
+        if name := read_row(row)[1]:
+            notes += explain_gain(row, of_classes[row][1], counts[name], test_labels)
 
     # The figures
     figures = {"accuracy.png": plot_accuracies(summary, f"{recipe.model}, {comparison.seeds} seeds")}
     best = find_best(summary, [row for row in comparison.rows if row != baseline])
-    confusions = {
-        row: count_confusions(predicted[row], test_labels, len(class_names)) for row in (baseline, best) if row
-    }
+    shown = {row: predicted[row] for row in (baseline, best) if row}
+    confusions = {row: count_confusions(values, test_labels, len(class_names)) for row, values in shown.items()}
     figures["confusion.png"] = plot_confusions(confusions, class_names)
     augmented = find_best(summary, [row for row in comparison.rows if read_row(row)[1] and row != baseline]) or best
     of_row = counts.get(read_row(augmented)[1])
@@ -214,14 +203,10 @@ def format_table(summary: dict[str, dict[str, Any]], baseline: str, seen: dict[s
     to_baseline = f"difference to {baseline}"
     lines = [["training", "top-1 (%)", to_baseline, "verdict", "mean per class (%)", "its difference", *seen[""]]]
     for row, entry in summary.items():
-        top1, per_class = (
-            _with_deviation(entry[f"{name}_mean"], entry[f"{name}_standard_deviation"])
-            for name in ("top1", "per_class")
-        )
-        difference, of_classes = (
-            "" if row == baseline else _with_error(entry[f"{name}difference"], entry[f"{name}standard_error"])
-            for name in ("", "per_class_")
-        )
+        scores = ((entry[f"{name}_mean"], entry[f"{name}_standard_deviation"]) for name in ("top1", "per_class"))
+        top1, per_class = (_with_error(*score, ".1f") for score in scores)
+        pairs = [(entry[f"{name}difference"], entry[f"{name}standard_error"]) for name in ("", "per_class_")]
+        difference, of_classes = ("" if row == baseline else _with_error(*pair, "+.2f") for pair in pairs)
         lines.append([row, top1, difference, entry["verdict"], per_class, of_classes, *seen[row]])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
@@ -229,9 +214,5 @@ def format_table(summary: dict[str, dict[str, Any]], baseline: str, seen: dict[s
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _with_error(difference: float, error: float | None) -> str:
-    return f"{difference:+.2f}" if error is None else f"{difference:+.2f} ± {error:.2f}"
-
-
-def _with_deviation(mean: float, deviation: float | None) -> str:
-    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+def _with_error(value: float, error: float | None, form: str) -> str:
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form.lstrip('+')}}"

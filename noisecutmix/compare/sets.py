@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 
 
 # what Diff-Mix's published checkpoints were trained on
-PUBLISHED = {
-    "cub": "published training pictures",
-    "aircraft": "published training pictures",
-    "flower": "a random half of all pictures",
-}
+TRAINING = "published training pictures"
+PUBLISHED = {"cub": TRAINING, "aircraft": TRAINING, "flower": "a random half of all pictures"}
 
 
 class AugmentedSet(NamedTuple):

@@ -10,18 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import launch, script
+from .. import cli, launch, script
 from ..classes import STABLE_DIFFUSION
-from ..cli import (
-    Parser,
-    add_machine_flags,
-    add_number,
-    add_source_flags,
-    as_name_or_path,
-    as_path,
-    as_text,
-    check_model,
-)
+from ..cli import Parser, add_machine_flags, add_number, add_source_flags, as_name_or_path, as_path
 from ..errors import InputError, RunError, is_out_of_memory
 from ..files import append_to_log, check_writable, describe_differences, describe_program, pin_model, tidy_log
 from ..folder import PREVIEW_FILE
@@ -36,9 +27,8 @@ RECIPE = [field.name for field in dataclasses.fields(Recipe)]
 COUNT, RATE = Range(int, 1, 10**8), Range(float, 1e-12, 1e6)
 # the flags on which no weight depends, whether directly or, as the model, by the content of files
 NOT_OF_WEIGHTS = (
-    *("data_dir", "train_list", "split", "class_names", "output_dir", "checkpointing_steps", "preview_steps"),
-    *("max_train_steps", "model", "device", "train_batch_size", "gradient_accumulation_steps"),
-    "gradient_checkpointing",
+    *("data_dir", "train_list", "split", "class_names", "output_dir", "checkpointing_steps", "preview_steps", "model"),
+    *("max_train_steps", "device", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
 )
 
 
@@ -49,7 +39,7 @@ def create_parser() -> Parser:
     layout = "one folder of pictures per class, or CUB-200-2011, Flowers-102 or Aircraft as published"
     add("--data_dir", type=as_path, required=True, metavar="DIR", help=layout)
     add_source_flags(add, "data_dir")
-    add("--meta_class", type=as_word, required=True, metavar="WORD", help="word for all classes, such as bird")
+    add("--meta_class", type=cli.as_text, required=True, metavar="WORD", help="word for all classes, such as bird")
     add_number(add, "examples_per_class", None, "N", "pictures per class, chosen by the seed (default: all)", COUNT)
     add_number(add, "resolution", 512, "PIXELS", "side of the square training pictures")
     flip = "do not mirror half of the pictures at random"
@@ -84,16 +74,10 @@ def create_parser() -> Parser:
     return parser
 
 
-def as_word(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is blank; give a word for all classes, such as bird")
-    return as_text(text).strip()
-
-
 def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
     """Return checked options. Raises InputError."""
     options = parser.parse_args(arguments)
-    check_model(options.model, options.resolution)
+    cli.check_model(options.model, options.resolution)
     output_dir, data_dir = options.output_dir.resolve(), options.data_dir.resolve()
     if data_dir in (output_dir, *output_dir.parents):
         raise InputError(f"{options.output_dir} lies in --data_dir, where each folder is a class", "output_dir")
@@ -204,10 +188,9 @@ def train_and_draw(
         raise SystemExit(1) from None  # the main process prints the same message
     except RuntimeError as error:
         if is_out_of_memory(error):
-            raise RunError(
-                f"out of memory with --train_batch_size={options.train_batch_size}; halve it and double "
-                "--gradient_accumulation_steps, which gives the same weights, or use --gradient_checkpointing"
-            ) from error
+            halve = "halve it and double --gradient_accumulation_steps, which gives the same weights"
+            reason = f"out of memory with --train_batch_size={options.train_batch_size}"
+            raise RunError(f"{reason}; {halve}, or use --gradient_checkpointing") from error
         raise
 
 

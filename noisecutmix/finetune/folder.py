@@ -76,9 +76,7 @@ class TrainingFolder:
 
     def __init__(self, root: Path):
         self.root = root
-        self.latents_file, self.log_file, self._record_file = (
-            root / name for name in (LATENTS_FILE, LOG_FILE, FINETUNE_FILE)
-        )
+        self.latents_file, self.log_file, self._record_file = root / LATENTS_FILE, root / LOG_FILE, root / FINETUNE_FILE
         self.record = self._read_record()
 
     def check_usable(self, options: dict[str, Any], max_train_steps: int, in_a_batch: int) -> None:
@@ -95,18 +93,13 @@ class TrainingFolder:
         there = self.record.get("options", {}).get("effective_batch", options["effective_batch"])
         if there != options["effective_batch"]:
             remedy = f"give {there // in_a_batch}" if there % in_a_batch == 0 else "use another --train_batch_size"
-            raise InputError(
-                f"{self.root} has {there} pictures in a training step, and all processes together have {in_a_batch} in "
-                f"a batch now; {remedy}, or another folder",
-                "gradient_accumulation_steps",
-            )
+            reason = f"{self.root} has {there} pictures in a step, and all processes have {in_a_batch} in a batch now"
+            raise InputError(f"{reason}; {remedy}, or another folder", "gradient_accumulation_steps")
         self._check_options(options)
         steps = max([self.checkpoint_steps, *(step for step, _ in self._states())])
         if steps > max_train_steps:
-            raise InputError(
-                f"{self.root} has {steps} steps already; ask for at least as many, or choose another folder",
-                "max_train_steps",
-            )
+            remedy = "ask for at least as many, or choose another folder"
+            raise InputError(f"{self.root} has {steps} steps already; {remedy}", "max_train_steps")
 
     def begin(self, record: dict[str, Any]) -> None:
         """Create the folder and finetune.json, or keep what an earlier run has recorded.

@@ -10,10 +10,11 @@ from ..files import write_png
 from ..generator import NoiseCutMixGenerator
 from ..photos import Photos, crop_square
 from ..plan import Item, Plan
-from ..preview import MAX_PICTURES, draw_comparison
+from ..preview import AUG_COLOR, MAX_PICTURES, Caption, draw_grid
 from .folder import Recipe
 
 DRAWN_PER_CLASS = 2  # pictures, beside a real one
+REAL_COLOR = (0, 0, 0)
 
 
 def draw_preview(file: Path, recipe: Recipe, photos: Photos, *, model: str, device: str, batch_size: int) -> None:
@@ -27,19 +28,21 @@ def draw_preview(file: Path, recipe: Recipe, photos: Photos, *, model: str, devi
     plan = Plan(recipe.seed, len(photos.class_names), 1.0, side, single_class=True)
     generator = NoiseCutMixGenerator(device, classes, dtype=recipe.dtype, batch_size=size, plan=plan)
     names = photos.class_names[:MAX_PICTURES]
-    items = [
-        Item(index, index // DRAWN_PER_CLASS, 0, (0, 0, side, side), 1.0, recipe.seed + index, side)
-        for index in range(DRAWN_PER_CLASS * len(names))
-    ]
+    numbers, box = range(DRAWN_PER_CLASS * len(names)), (0, 0, side, side)
+    items = [Item(number, number // DRAWN_PER_CLASS, 0, box, 1.0, recipe.seed + number, side) for number in numbers]
     drawn: list[Image.Image] = []
     for start in range(0, len(items), size):
         if script.is_stopping():
             return
         drawn += generator.draw(items[start : start + size])
 
-    # Beside a real picture of each class
-    rows = []
-    for label, name in enumerate(names):
+    # Beside a real picture of each class; more than four classes get two columns
+    images: list[Image.Image] = []
+    captions: list[list[Caption]] = []
+    for label in range(len(names)):
         real = crop_square(photos.open(photos.labels.index(label)), side)
-        rows.append((name, [real, *drawn[DRAWN_PER_CLASS * label : DRAWN_PER_CLASS * (label + 1)]]))
-    write_png(file, draw_comparison(rows, "left: a real picture; right: drawn by the model"))
+        images += [real, *drawn[DRAWN_PER_CLASS * label : DRAWN_PER_CLASS * (label + 1)]]
+        captions += [[("", label, REAL_COLOR)], *[[("", label, AUG_COLOR)]] * DRAWN_PER_CLASS]
+    legend = [("black: a real picture", REAL_COLOR), ("blue: drawn by the model", AUG_COLOR)]
+    columns = (1 + DRAWN_PER_CLASS) * (2 if len(names) > 4 else 1)
+    write_png(file, draw_grid(images, captions, names, legend, columns))

@@ -168,10 +168,8 @@ class PictureLatents:
         def is_encoded(block: range) -> bool:
             content.seek(block.start * record_bytes)
             records = [content.read(record_bytes) for _ in block]
-            return all(
-                record[row_bytes:] == _checksum(record[:row_bytes], picture, made_for)
-                for picture, record in zip(block, records)
-            )
+            pairs = zip(block, records)
+            return all(record[row_bytes:] == _checksum(record[:row_bytes], index, made_for) for index, record in pairs)
 
         with open(file, "r+b") as content, bar:
             missing = [block for block in own if not is_encoded(block)]

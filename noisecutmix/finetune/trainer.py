@@ -41,12 +41,9 @@ def create_accelerator(device: str, dtype: str) -> Accelerator:
     ddp, group = DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=MAX_WAIT)
     try:
         with script.ending_at_signals():
-            accelerator = Accelerator(
-                cpu=device == "cpu",
-                mixed_precision=MIXED_PRECISION[dtype],
-                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer itself accumulates
-                kwargs_handlers=[ddp, group],
-            )
+            once = GradientAccumulationPlugin(num_steps=1)  # the trainer itself accumulates
+            machine = {"cpu": device == "cpu", "mixed_precision": MIXED_PRECISION[dtype]}
+            accelerator = Accelerator(**machine, gradient_accumulation_plugin=once, kwargs_handlers=[ddp, group])
     except ValueError as error:
         raise InputError(f"{dtype} cannot be used on {device}: {error}", "dtype") from error
     kind = accelerator.distributed_type
@@ -101,6 +98,7 @@ class Trainer:
 
     Attributes:
         lora: (down, up) of each attention layer, in the form that `save_checkpoint` takes.
+        rows: the new tokens' embeddings (num_classes, width).
         latents: the pictures' latents.
 
     Raises:
@@ -132,7 +130,7 @@ class Trainer:
             for part in (pipe.vae, pipe.text_encoder, pipe.unet):
                 part.requires_grad_(False)
             pipe.unet.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=LORA_LAYERS))
-            self._token_table = self._add_tokens(pipe.tokenizer, pipe.text_encoder)
+            self.rows = self._add_tokens(pipe.tokenizer, pipe.text_encoder)
         self.lora = self._draw_lora(pipe.unet)
         pipe.unet.train()
         if checkpoints_gradients:
@@ -148,9 +146,8 @@ class Trainer:
         self._rates = (recipe.learning_rate, recipe.token_learning_rate)
         groups = [{"params": part, "lr": rate} for part, rate in zip((self._lora_weights, [self.rows]), self._rates)]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
-        schedule = get_scheduler(
-            recipe.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=recipe.max_train_steps
-        )
+        steps = recipe.max_train_steps
+        schedule = get_scheduler(recipe.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=steps)
         self._rate_factor = schedule.lr_lambdas[0]  # a function of the step alone, so a state does not hold it
         self._model, self._optimizer = accelerator.prepare(NoiseEstimator(pipe.unet, pipe.text_encoder), optimizer)
 
@@ -165,11 +162,6 @@ class Trainer:
             random_crop=recipe.random_crop,
             min_side=2 * recipe.resolution if recipe.reduced_decoding else None,
         )
-
-    @property
-    def rows(self) -> nn.Parameter:
-        """The new tokens' embeddings (num_classes, width)."""
-        return self._token_table.rows
 
     def step(self, step: int, wants_stop: bool = False) -> tuple[float, bool]:
         """Train one step, counted from 0.
@@ -237,8 +229,12 @@ class Trainer:
         precision = " or dtype=bfloat16" if self._dtype == torch.float16 else ""
         return NotFiniteError(f"{what} is not finite; use another output_dir and lower learning rates{precision}")
 
-    def _add_tokens(self, tokenizer: Any, text_encoder: Any) -> TokenTable:
-        """Add a token per class, initialised as the mean of the tokens of its name; set the captions' ids."""
+    def _add_tokens(self, tokenizer: Any, text_encoder: Any) -> nn.Parameter:
+        """Add a token per class, initialised as the mean of the tokens of its name; set the captions' ids.
+
+        Returns:
+            The tokens' embeddings (num_classes, width).
+        """
         names, table = self.photos.class_names, text_encoder.get_input_embeddings()
         placeholders = class_tokens(len(names))
         known = tokenizer.get_vocab().keys() & placeholders
@@ -255,7 +251,7 @@ class Trainer:
         self._ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         token_table = TokenTable(table, rows, tokenizer.convert_tokens_to_ids(placeholders[0]))
         text_encoder.set_input_embeddings(token_table)
-        return token_table
+        return token_table.rows
 
     def _draw_lora(self, unet: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Draw `down` from a normal distribution of standard deviation 1 / rank; set `up` to zero; both in float32."""

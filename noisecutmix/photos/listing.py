@@ -15,7 +15,7 @@ from ..errors import InputError
 from .folders import Listing, list_class_folders
 from .lists import find_names, read_list
 from .opening import Inspection, inspect_photo, open_photo
-from .published import banner_of, find_archive, list_archive
+from .published import find_archive, list_archive
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _list(root: Path, is_test: bool, source: Source) -> Listing:
     listing = read_list(source.list_file, root) if source.list_file else list_class_folders(root, is_test)
     around = find_archive(root) if source.list_file else None
     if around:  # the pictures of a published data set, by other lists
-        listing = listing._replace(banner=banner_of(around[0]))
+        listing = listing._replace(banner=around[0].banner)
     names, file = find_names(root, list(listing.pictures), source.class_names)
     if repeated := find_repeated(names):
         raise InputError(f"{file or root} gives two classes the name {repeated!r}; rename one")
@@ -151,13 +151,10 @@ def split_photos(
         num_train = len(of_class) - min(max(round(test_share * len(of_class)), 1), len(of_class) - 1)
         chosen[0].extend(of_class[:num_train][:examples_per_class])
         chosen[1].extend(of_class[num_train:])
-    train, test = (
-        dataclasses.replace(
-            photos, files=tuple(photos.files[p] for p in part), labels=tuple(photos.labels[p] for p in part)
-        )
-        for part in map(sorted, chosen)
-    )
-    return train, test
+    pairs = [[(photos.files[position], photos.labels[position]) for position in sorted(part)] for part in chosen]
+    (train, train_labels), (test, test_labels) = (tuple(zip(*part)) for part in pairs)
+    of_training = dataclasses.replace(photos, files=train, labels=train_labels)
+    return of_training, dataclasses.replace(photos, files=test, labels=test_labels)
 
 
 def check_photos(

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..classes import comparison_key
 from ..errors import InputError
 from .folders import Listing, picture_suffixes
+from .published import read_numbered
 
 HEADER = ("file", "filename", "file_name", "path", "filepath", "image", "image_path", "img", "name", "id")
 # beside train/ and valid/ in re-packagings of Oxford Flowers-102, and in CUB-200-2011
@@ -48,7 +49,7 @@ def read_list(file: Path, root: Path) -> Listing:
             raise InputError(f"{file}, line {number}: there {what} {root / cells[0]}")
         if root.resolve() not in found[0].resolve().parents:
             raise InputError(f"{file}, line {number}: {found[0]} is not in {root}; give paths below it")
-        path = found[0]
+        (path,) = found
         if os.path.isabs(cells[0]):  # such a path may name the folder in another way
             path = root / path.resolve().relative_to(root.resolve())
         if path in labels:
@@ -116,22 +117,17 @@ def find_names(root: Path, folders: list[str], file: Path | None) -> tuple[list[
         what = "is no JSON file of names" if names is None else f"has {len(names)} names for {len(folders)} folders"
         raise InputError(f"{file} {what}; give an object of names by folder, or a list", "class_names")
     if folders != sorted(folders, key=_natural_key):
-        raise InputError(
-            f"{file} is a list, but the folders hold numbers, whose order is 1, 10, 2 for some programs and 1, 2, 10 "
-            "for others; give an object of names by folder",
-            "class_names",
-        )
+        reason = "is a list, but the order of numbered folders is 1, 10, 2 for some programs and 1, 2, 10 for others"
+        raise InputError(f"{file} {reason}; give an object of names by folder", "class_names")
     return names, file
 
 
 def _read_names(file: Path) -> dict[str, str] | list[str] | None:
     """Return the names by folder or in order, None if a file does not hold names."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
         if file.suffix != ".json":
-            entries = [re.fullmatch(r"(\d+)\s+(.+)", line.strip()) for line in text.splitlines() if line.strip()]
-            return {_key(entry[1]): entry[2] for entry in entries if entry} if all(entries) else None
-        content = json.loads(text)
+            return {str(number): name for number, name in read_numbered(file).items()}
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return None
     values = list(content.values()) if isinstance(content, dict) else content

@@ -10,7 +10,7 @@ from ..classes import comparison_key, load_classes, without_numbers
 from ..errors import InputError, first_line
 from .folders import Listing
 
-BANNER = 20  # pixels at the bottom of each picture of Aircraft, which name the photographer
+BANNER = 20  # pixels, which name the photographer
 PARTS = ("train", "val", "test")
 SPLITS = {"train": ("train",), "trainval": ("train", "val"), "test": ("test",)}
 
@@ -19,7 +19,8 @@ class Archive(NamedTuple):
     """How a published data set looks.
 
     It is recognised by any of its `marks`, and needs all of its `lists`; `pictures` is the folder of its pictures, and
-    `counts` are the published numbers of pictures for training, validation and test.
+    `counts` are the published numbers of pictures for training, validation and test; `banner` is the height in pixels
+    of what is cut from the bottom of each picture.
     """
 
     title: str
@@ -28,25 +29,22 @@ class Archive(NamedTuple):
     lists: tuple[str, ...]
     pictures: str
     counts: tuple[int, int, int]
+    banner: int = 0
 
 
 _CUB_MARKS = ("image_class_labels.txt", "train_test_split.txt")
 _FLOWER_MARKS = ("imagelabels.mat", "setid.mat")
 _AIRCRAFT_MARKS = tuple(f"images_variant_{part}.txt" for part in PARTS)
+_AIRCRAFT_LISTS = (*_AIRCRAFT_MARKS, "variants.txt")
 ARCHIVES = (
     Archive("CUB-200-2011", "cub", _CUB_MARKS, ("images.txt", *_CUB_MARKS, "classes.txt"), "images", (5994, 0, 5794)),
     Archive("Oxford Flowers-102", "flower", _FLOWER_MARKS, _FLOWER_MARKS, "jpg", (1020, 1020, 6149)),
-    Archive(
-        "FGVC-Aircraft", "aircraft", _AIRCRAFT_MARKS, (*_AIRCRAFT_MARKS, "variants.txt"), "images", (3334, 3333, 3333)
-    ),
+    Archive("FGVC-Aircraft", "aircraft", _AIRCRAFT_MARKS, _AIRCRAFT_LISTS, "images", (3334, 3333, 3333), BANNER),
 )
 
 
-class _Content(NamedTuple):
-    """The content of the lists: class names in label order, and (path, label) of each picture of each part."""
-
-    class_names: list[str]
-    parts: dict[str, list[tuple[str, int]]]
+# class names in label order, and (path, label) of each picture of each part
+Content = tuple[list[str], dict[str, list[tuple[str, int]]]]
 
 
 def find_archive(folder: Path) -> tuple[Archive, Path] | None:
@@ -78,30 +76,29 @@ def list_archive(archive: Archive, base: Path, split: str) -> Listing:
         InputError: a list is missing, does not fit the others, or names pictures that are not there.
         OSError: a file cannot be read.
     """
+    lists, folder = f"the lists of {archive.title} in {base}", base / archive.pictures
     for name in archive.lists:
         if not (base / name).is_file():
             raise InputError(f"{base} looks like {archive.title}, but lacks {name}; unpack the archive again")
     try:
-        content = {"cub": _read_cub, "flower": _read_flowers, "aircraft": _read_aircraft}[archive.data_name](base)
+        names, parts = READERS[archive.data_name](base)
     except (ValueError, LookupError, UnicodeError) as error:
-        raise InputError(f"the lists of {archive.title} in {base} are damaged: {first_line(error)}") from error
-    class_names = _as_the_project_spells(archive, content.class_names)
+        raise InputError(f"{lists} are damaged: {first_line(error)}") from error
+    class_names = _as_the_project_spells(archive, names)
     if len(set(class_names)) < len(class_names):
-        raise InputError(f"the lists of {archive.title} in {base} name a class twice; unpack the archive again")
+        raise InputError(f"{lists} name a class twice; unpack the archive again")
 
     # Every picture is in one part of the split, and in its folder
-    listed = [path for part in PARTS for path, _ in content.parts[part]]
+    listed = [path for part in PARTS for path, _ in parts[part]]
     if len(set(listed)) < len(listed):
         twice = next(path for path in listed if listed.count(path) > 1)
-        raise InputError(f"the lists of {archive.title} in {base} name {twice} twice; unpack the archive again")
-    there = _find_pictures(base / archive.pictures)
+        raise InputError(f"{lists} name {twice} twice; unpack the archive again")
+    there = _find_pictures(folder)
     if missing := [path for path in listed if path not in there]:
-        raise InputError(
-            f"{base / archive.pictures} lacks {len(missing)} of the {len(listed)} pictures of {archive.title}, such as "
-            f"{missing[0]}; unpack the archive again"
-        )
-    counts = tuple(len(content.parts[part]) for part in PARTS)
-    num_train = sum(len(content.parts[part]) for part in SPLITS["trainval" if split == "test" else split])
+        what = f"{len(missing)} of the {len(listed)} pictures of {archive.title}, such as {missing[0]}"
+        raise InputError(f"{folder} lacks {what}; unpack the archive again")
+    counts = tuple(len(parts[part]) for part in PARTS)
+    num_train = sum(len(parts[part]) for part in SPLITS["trainval" if split == "test" else split])
     notes = [f"{archive.title} as published: {num_train:,} pictures for training, {counts[2]:,} for the test"]
     if split != "train" and counts[1]:
         notes[0] += f" ({counts[1]:,} of the validation are among those for training; --split=train omits them)"
@@ -109,23 +106,18 @@ def list_archive(archive: Archive, base: Path, split: str) -> Listing:
         published = f"{archive.counts[0] + archive.counts[1]:,} and {archive.counts[2]:,}"
         notes.append(f"warning: {archive.title} has {published} pictures in all, unlike the lists in {base}")
     if num_unused := len(there) - len(listed):
-        notes.append(f"{num_unused} pictures in {base / archive.pictures} are in no list; they are not used")
+        notes.append(f"{num_unused} pictures in {folder} are in no list; they are not used")
     pictures: dict[str, list[Path]] = {name: [] for name in class_names}
     for part in SPLITS[split]:
-        for path, label in content.parts[part]:
-            pictures[class_names[label]].append(base / archive.pictures / path)
+        for path, label in parts[part]:
+            pictures[class_names[label]].append(folder / path)
     if split != "test" and (empty := [name for name, files in pictures.items() if not files]):
-        raise InputError(f"the lists of {archive.title} in {base} name no picture for training of {empty[0]!r}")
+        raise InputError(f"{lists} name no picture for training of {empty[0]!r}")
     pictures = {name: sorted(files) for name, files in pictures.items()}
-    return Listing(pictures, notes, base, archive.title, banner_of(archive))
+    return Listing(pictures, notes, base, archive.title, archive.banner)
 
 
-def banner_of(archive: Archive) -> int:
-    """Return the height in pixels of what is cut from the bottom of each picture."""
-    return BANNER if archive.data_name == "aircraft" else 0
-
-
-def _read_cub(base: Path) -> _Content:
+def _read_cub(base: Path) -> Content:
     names = read_numbered(base / "classes.txt")
     files = read_numbered(base / "images.txt")
     labels = read_numbered(base / "image_class_labels.txt")
@@ -139,10 +131,10 @@ def _read_cub(base: Path) -> _Content:
         if path.partition("/")[0] != names[int(labels[number])]:
             raise ValueError(f"image_class_labels.txt has another class for {path} than its folder")
         parts[part].append((path, places[int(labels[number])]))
-    return _Content(without_numbers(list(names.values())), parts)
+    return without_numbers(list(names.values())), parts
 
 
-def _read_flowers(base: Path) -> _Content:
+def _read_flowers(base: Path) -> Content:
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -163,17 +155,17 @@ def _read_flowers(base: Path) -> _Content:
     if min(labels) < 1 or max(labels) > len(names):
         raise ValueError(f"imagelabels.mat has labels outside 1 to {len(names)}")
     parts = ([(f"image_{number:05d}.jpg", labels[number - 1] - 1) for number in of_part] for of_part in numbers)
-    return _Content(names, dict(zip(PARTS, parts)))
+    return names, dict(zip(PARTS, parts))
 
 
-def _read_aircraft(base: Path) -> _Content:
+def _read_aircraft(base: Path) -> Content:
     names = [line for line in _lines(base / "variants.txt") if line]
     places = {name: label for label, name in enumerate(names)}
     parts: dict[str, list[tuple[str, int]]] = {}
     for part in PARTS:
         pairs = [line.split(" ", 1) for line in _lines(base / f"images_variant_{part}.txt")]
         parts[part] = [(f"{number}.jpg", places[name.strip()]) for number, name in pairs]
-    return _Content(names, parts)
+    return names, parts
 
 
 def _lines(file: Path) -> list[str]:
@@ -187,6 +179,9 @@ def read_numbered(file: Path) -> dict[int, str]:
     if len(numbered) < len(entries):
         raise ValueError(f"{file.name} has a line without a number of its own")
     return dict(sorted(numbered.items()))
+
+
+READERS = {"cub": _read_cub, "flower": _read_flowers, "aircraft": _read_aircraft}
 
 
 def _find_pictures(folder: Path) -> set[str]:

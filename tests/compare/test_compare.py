@@ -278,8 +278,8 @@ def test_the_lines_that_use_saved_weights_run(folder, capsys, monkeypatch, more)
         (["--augmented=a=aug", "--augmented=A=aug"], "--augmented: two data sets have the same name"),
         (["--rows", "none", "mine"], "--rows: 'mine' is no row; choose from none, mixup, cutmix"),
         (["--rows", "none"], "--baseline: cutmix is not among --rows"),
-        (["--test_dir=train/red kite"], "--test_dir: .* lies in --train_dir"),
-        (["--train_dir=test/red kite", "--test_dir=test"], "--train_dir: .* lies in --test_dir"),
+        (["--test_dir=train"], "--test_dir: .*0.png is among those for training, too"),
+        (["--train_dir=nested", "--test_dir=nested/held"], "--test_dir: .*0.png is among those for training, too"),
         (["--test_dir=more"], "--test_dir: --train_dir has no class 'wren', which is in more"),
         (["--test_dir=hollow"], "--test_dir: hollow holds no picture"),
         (["--output_dir=train/out"], "--output_dir: .* lies in --train_dir"),
@@ -310,6 +310,8 @@ def wrong_folders(pictures, tmp_path_factory):
     damaged.write_bytes(damaged.read_bytes()[:500])
     write_colours(folder / "broken", 1, seed=3)
     (folder / "broken" / "red kite" / "0.png").write_bytes(b"no picture")
+    shutil.copytree(folder / "train", folder / "nested")
+    shutil.copytree(folder / "test", folder / "nested" / "held")
     write_photos(folder / "more", [*NAMES, "wren"], count=1)
     for name in NAMES:
         (folder / "hollow" / name).mkdir(parents=True)

@@ -91,9 +91,9 @@ def test_the_folder_records_the_training(trained, tiny_model):
 def test_the_preview_shows_each_class_three_times(trained, photos):
     preview = Image.open(trained / "preview.png").convert("RGB")
     found = find_photos(photos)
-    assert preview.width > 3 * 128 and preview.height > 3 * 128
+    assert preview.width > 3 * 256 and preview.height > 3 * 256
     for label in range(3):
-        real = crop_square(open_photo(found.files[3 * label]), 16).resize((128, 128), Image.Resampling.BICUBIC)
+        real = crop_square(open_photo(found.files[3 * label]), 16).resize((256, 256), Image.Resampling.BICUBIC)
         assert contains(preview, real)
 
 

@@ -85,7 +85,7 @@ def test_other_options_are_refused_and_named(tmp_path, flags, trained, option):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ("2", "out has 4 pictures in a training step, .* have 2 in a batch now; give 2"),
+        ("2", "out has 4 pictures in a step, .* have 2 in a batch now; give 2"),
         ("3", ".*use another --train_batch"),
     ],
 )
