@@ -3,12 +3,11 @@
 import json
 import random
 import shutil
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import MAX_WAIT, as_command_line
+from conftest import as_command_line, wait_until
 from PIL import Image
 
 from noisecutmix.folder import OutputFolder
@@ -98,8 +97,4 @@ def results_of(folder):
 
 
 def wait_for_results(folder, number, process):
-    end = time.monotonic() + MAX_WAIT
-    while len(list((folder / "out").glob("results/[!.]*"))) < number:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_until(lambda: len(list((folder / "out").glob("results/[!.]*"))) >= number, process)

@@ -238,12 +238,16 @@ def start(tmp_path):
                 running.kill()
 
 
-def wait_for_images(folder, count, process):
+def wait_until(condition, process):
     end = time.monotonic() + MAX_WAIT
-    while len(list((folder / "image").glob("gen_*.png"))) < count:
+    while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"no {count} images in {MAX_WAIT} s"
-        time.sleep(0.02)
+        assert time.monotonic() < end, f"nothing in {MAX_WAIT} s"
+        time.sleep(0.01)
+
+
+def wait_for_images(folder, count, process):
+    wait_until(lambda: len(list((folder / "image").glob("gen_*.png"))) >= count, process)
 
 
 def run_to_the_end(tmp_path, arguments, num_aug, *more, script="tests/simulated.py"):

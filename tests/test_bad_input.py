@@ -56,21 +56,13 @@ CASES = {
     "JSON missing": (BOTH, ["--data_name=none.json"], "--data_name: none.json cannot be read"),
     "JSON malformed": (BOTH, ["--data_name=malformed.json"], "--data_name: malformed.json is not valid JSON"),
     "JSON a list": (BOTH, ["--data_name=list.json"], '--data_name: list.json has no "classes" of type list'),
-    "JSON without classes": (
-        BOTH,
-        ["--data_name=classless.json"],
-        '--data_name: classless.json has no "classes"',
-    ),
+    "JSON without classes": (BOTH, ["--data_name=classless.json"], '--data_name: classless.json has no "classes"'),
     "JSON empty": (BOTH, ["--data_name=empty.json"], "needs at least two names"),
     "JSON one class": (BOTH, ["--data_name=one.json"], "needs at least two names"),
     "JSON duplicates": (BOTH, ["--data_name=twice.json"], "names 'a b' twice"),
     "JSON duplicates by case": (BOTH[:1], ["--data_name=case.json"], "names 'robin' twice"),
     "JSON duplicates by composition": (BOTH[:1], ["--data_name=composed.json"], "names 'Vo\u0308gel' twice"),
-    "JSON class no valid text": (
-        BOTH[:1],
-        ["--data_name=surrogate.json"],
-        "--data_name: surrogate.json needs",
-    ),
+    "JSON class no valid text": (BOTH[:1], ["--data_name=surrogate.json"], "--data_name: surrogate.json needs"),
     "JSON meta class no valid text": (
         BOTH[:1],
         ["--data_name=meta.json"],

@@ -188,10 +188,7 @@ def test_peft_keys_without_their_settings_are_refused(tiny_model, unet, tmp_path
         ({"peft_type": "LOHA"}, "is a LOHA"),
         ({"r": 5}, "does not fit the UNet"),
         # peft 0.21.2: a start by randomised SVD is another one when it is loaded, with an error of 1.0
-        (
-            {"init_lora_weights": "pissa_niter_4"},
-            "starts with pissa_niter_4, from base weights that",
-        ),
+        ({"init_lora_weights": "pissa_niter_4"}, "starts with pissa_niter_4, from base weights that"),
         ({"init_lora_weights": "loftq"}, "starts with loftq"),
         ({"init_lora_weights": "corda"}, "starts with corda"),
         ({"init_lora_weights": "lora_ga"}, "starts with lora_ga"),
@@ -461,11 +458,7 @@ def edit_json(file, **changes):
     [
         ("FlowMatchEulerDiscreteScheduler", {}, "is a flow-matching, EDM or"),
         ("EDMEulerScheduler", {"prediction_type": "epsilon"}, "is a flow-matching, EDM or"),
-        (
-            "EDMDPMSolverMultistepScheduler",
-            {"prediction_type": "epsilon"},
-            "is a flow-matching, EDM or",
-        ),
+        ("EDMDPMSolverMultistepScheduler", {"prediction_type": "epsilon"}, "is a flow-matching, EDM or"),
         ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "is a flow-matching, EDM or"),
         ("LCMScheduler", {}, "is a flow-matching, EDM or"),
         ("DDPMScheduler", {"beta_schedule": "sigmoid"}, "has a schedule that DPM-Solver++ lacks"),
@@ -693,10 +686,7 @@ REFUSALS = {
     ),
     "LoRA without a place": (rename_first("down_blocks.9.attentions.0.to_q.lora.down.weight"), "nothing in the UNet"),
     "LoRA of nothing we know": (rename_first("some.other.tensor"), "nothing in the UNet takes some.other.tensor"),
-    "LoRA for the text encoder": (
-        rename_first("text_encoder.layer.to_q.lora_A.weight"),
-        "is for the text encoder",
-    ),
+    "LoRA for the text encoder": (rename_first("text_encoder.layer.to_q.lora_A.weight"), "is for the text encoder"),
     "LoRA in half a pair": (change_lora(lambda tensors: tensors.pop(min(tensors))), "LoRA tensors do not fill"),
     "LoRA of two ranks": (
         change_lora(lambda tensors: tensors.update({min(tensors): tensors[min(tensors)][:3]})),

@@ -31,8 +31,7 @@ def test_class_lists(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "same"),
-    [("cyclamen ", "cyclamen"), ("F-16A/B", "F-16A B"), ("Blue_Jay", "Blue Jay"), (" a  b\t", "a b")],
+    ("name", "same"), [("cyclamen ", "cyclamen"), ("F-16A/B", "F-16A B"), ("Blue_Jay", "Blue Jay"), (" a  b\t", "a b")]
 )
 def test_normalise(name, same):
     assert normalise(name) == same

@@ -70,11 +70,7 @@ def test_a_uniform_mask_equals_stock_stable_diffusion(tiny_pipeline, level, prom
     stock = stock_pipeline(tiny_pipeline)
     stock.set_progress_bar_config(disable=True)
     expected = stock(
-        prompt,
-        num_inference_steps=4,
-        guidance_scale=guidance_scale,
-        generator=generators(1),
-        output_type="latent",
+        prompt, num_inference_steps=4, guidance_scale=guidance_scale, generator=generators(1), output_type="latent"
     ).images
     actual = draw(tiny_pipeline, mask=white(level), guidance_scale=guidance_scale)
     assert_same(actual, expected)

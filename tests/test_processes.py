@@ -301,8 +301,7 @@ def test_two_processes_of_accelerate_draw_what_one_draws(drawn, start, tmp_path,
     ]  # fmt: skip
     flags = [*tiny_arguments, "--num_aug=20", "--output_dir=out"]
     process = start(
-        [*launcher, str(ROOT / "augmentation.py"), *flags],
-        HF_HOME=str(tmp_path / "no_configuration_of_the_user"),
+        [*launcher, str(ROOT / "augmentation.py"), *flags], HF_HOME=str(tmp_path / "no_configuration_of_the_user")
     )
     output, errors = process.communicate(timeout=MAX_WAIT)
     assert process.returncode == 0, errors

@@ -67,7 +67,7 @@ CLASSIFY = {
     "augmented": {},
 }
 AUGMENTATION_FLAGS = [
-    *("--data_name=digits", "--num_inference_steps=4", "--num_aug=2", "--device=cpu", "--output_dir=out"),
+    *("--data_name=digits", "--num_inference_steps=4", "--num_aug=2", "--device=cpu", "--output_dir=out")
 ]
 FINETUNE_FLAGS = [
     *("--data_dir=birds", "--meta_class=bird", f"--model={DIGITS / 'base'}", "--resolution=32", "--device=cpu"),

@@ -15,15 +15,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    MAX_WAIT,
-    ROOT,
-    command,
-    files_of,
-    offline_environment,
-    run_to_the_end,
-    wait_for_images,
-)
+from conftest import MAX_WAIT, ROOT, command, files_of, offline_environment, run_to_the_end, wait_for_images
 from PIL import Image
 
 from noisecutmix.errors import InputError, RunError
@@ -105,8 +97,7 @@ def delete_preview(out):
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [damage_metadata, damage_labels, empty_labels, damage_header_of_labels, delete_masks, delete_preview],
+    "damage", [damage_metadata, damage_labels, empty_labels, damage_header_of_labels, delete_masks, delete_preview]
 )
 def test_damage_to_other_files_is_repaired(whole, out, tmp_path, tiny_arguments, damage):
     damage(out)

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import signal
-import time
 import warnings
 
 import numpy as np
@@ -16,7 +15,7 @@ from comparing import answered as answered
 from comparing import first_answer as first_answer
 from comparing import folder as folder
 from comparing import pictures as pictures
-from conftest import MAX_WAIT, as_command_line, command
+from conftest import MAX_WAIT, as_command_line, command, wait_until
 from PIL import Image
 from test_bad_input import files_below
 
@@ -117,9 +116,7 @@ def test_a_kill_amid_the_copies_changes_no_result(folder, start):
     with as_command_line("noisecutmix.compare", *LARGE, "--output_dir=whole", folder=folder) as main:
         main()
     process, copies = start(command("noisecutmix.compare", *LARGE)), folder / "out" / "copies"
-    end = time.monotonic() + MAX_WAIT
-    while not copies.exists() or len(list(copies.iterdir())) < 5:
-        assert process.poll() is None and time.monotonic() < end
+    wait_until(lambda: copies.exists() and len(list(copies.iterdir())) >= 5, process)
     process.kill()
     process.communicate()
     assert not list((folder / "out" / "results").iterdir())
@@ -138,10 +135,8 @@ def test_a_stopped_classifier_continues_after_its_last_step(folder, start, numbe
     with as_command_line("noisecutmix.compare", *arguments, "--output_dir=whole", folder=folder) as main:
         main()
     process = start(command("noisecutmix.compare", *arguments))
-    log, end = folder / "out" / "logs" / "cutmix_seed0.csv", time.monotonic() + MAX_WAIT
-    while not log.exists() or log.read_text().count("\n") < 20:
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
+    log = folder / "out" / "logs" / "cutmix_seed0.csv"
+    wait_until(lambda: log.exists() and log.read_text().count("\n") >= 20, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=MAX_WAIT)
     assert process.returncode == 128 + number and "run the same command again" in errors and "Traceback" not in errors

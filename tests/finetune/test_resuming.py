@@ -84,10 +84,7 @@ def test_other_options_are_refused_and_named(tmp_path, flags, trained, option):
 
 @pytest.mark.parametrize(
     ("batch", "message"),
-    [
-        ("2", "out has 4 pictures in a step, .* have 2 in a batch now; give 2"),
-        ("3", ".*use another --train_batch"),
-    ],
+    [("2", "out has 4 pictures in a step, .* have 2 in a batch now; give 2"), ("3", ".*use another --train_batch")],
 )
 def test_another_number_of_pictures_in_a_step_names_what_continues(tmp_path, flags, trained, batch, message):
     copy_of(trained, tmp_path)

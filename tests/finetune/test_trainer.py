@@ -240,8 +240,7 @@ def test_memory_can_be_saved_without_changing_what_is_trained(tiny_model, photos
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"random_crop": True}, {"random_flip": False}, {"seed": 1}, {"lr_scheduler": "cosine"}],
+    "changes", [{"random_crop": True}, {"random_flip": False}, {"seed": 1}, {"lr_scheduler": "cosine"}]
 )
 def test_options_change_what_is_trained(tiny_model, photos, tmp_path, changes):
     (_, weights), (_, changed) = (train_two_steps(tiny_model, photos, tmp_path, **c) for c in ({}, changes))
