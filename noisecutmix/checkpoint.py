@@ -160,13 +160,9 @@ def _load_part(folder: Path, part: str, variant: str | None) -> Any:
     part_class = getattr(LIBRARIES.get(library), str(name), None)
     if part_class is None:
         raise ValueError(f"{part}: model_index.json names no class of diffusers or transformers")
-    model, report = part_class.from_pretrained(
-        str(folder / part),
-        variant=variant,
-        torch_dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # they are in the report; the errors of transformers do not name the tensor
-        output_loading_info=True,
-    )
+    # mismatched sizes are in the report, too; the errors of transformers do not name the tensor
+    options = {"variant": variant, "torch_dtype": torch.float32, "output_loading_info": True}
+    model, report = part_class.from_pretrained(str(folder / part), ignore_mismatched_sizes=True, **options)
     modules = dict(model.named_modules())
     left_over = {key for key in report["unexpected_keys"] if not REST_OF_CLIP.match(key)}
     left_over -= {key for key in left_over if (layer := CLIP_LAYER.match(key)) and layer[0] not in modules}
@@ -211,8 +207,7 @@ def _add_tokens(pipe: NoiseCutMixPipeline, embeddings: Tensors, file: Path) -> N
         if embedding.shape != (width,):
             shape = tuple(embedding.shape)
             raise refusal(file, f": {placeholder} has shape {shape}, the text encoder takes ({width},)")
-    known = embeddings.keys() & tokenizer.get_vocab().keys()
-    if known:
+    if known := embeddings.keys() & tokenizer.get_vocab().keys():
         raise refusal(file, f": the tokenizer already has the token {min(known)}")
     tokenizer.add_tokens(list(embeddings))
     ids = tokenizer.convert_tokens_to_ids(list(embeddings))

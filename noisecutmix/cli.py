@@ -20,7 +20,7 @@ PLAN_FLAGS = ("seed", "alpha", "resolution", "single_class")
 # the flags that neither the plan nor the generator takes
 SCRIPT_FLAGS = (
     *("output_dir", "num_gen", "num_aug", "verify", "target_class", "aug_class", "data_name", "device", "compile"),
-    *("classes", "data_flags"),  # which `_parse` adds
+    *("classes", "data_flags"),  # which parsing adds
 )
 # the flags on which no picture and no label depends, whether directly or, as the model, by the content of files
 NOT_OF_DATA = ("output_dir", "num_aug", "verify", "data_name", "model", "ckpt_path", "device", "batch_size", "compile")
@@ -124,7 +124,7 @@ def as_number(valid: Range) -> Callable[[str], Any]:
 
 def as_text(text: str) -> str:
     if not text.strip():
-        raise argparse.ArgumentTypeError("is blank; give a text, or omit the flag for its default")
+        raise argparse.ArgumentTypeError("is blank; give a text, or omit the flag")
     if text != text.encode(errors="ignore").decode():  # Python decodes invalid bytes as lone surrogates
         raise argparse.ArgumentTypeError(f"{text!a} is not valid text; rename or retype it in UTF-8")
     return text
@@ -172,8 +172,8 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(method.add_argument, "alpha", 1.0, "A", "parameter of CutMix's Beta(alpha, alpha)")
     add_number(method.add_argument, "guidance_scale", 7.5, "W", "classifier-free guidance; up to 1 turns it off")
     interval = "approximation: apply guidance only in this part of the steps (default: 0 1)"
-    shape: dict[str, Any] = {"type": as_number(RANGES["guidance_interval"]), "nargs": 2, "metavar": ("LO", "HI")}
-    method.add_argument("--guidance_interval", default=(0.0, 1.0), help=interval, **shape)
+    settings: dict[str, Any] = {"type": as_number(RANGES["guidance_interval"]), "nargs": 2, "metavar": ("LO", "HI")}
+    method.add_argument("--guidance_interval", default=(0.0, 1.0), help=interval, **settings)
     single = "draw the target class alone, with a white mask and a one-hot label: the method's baseline"
     method.add_argument("--single_class", action="store_true", help=single)
     add_number(method.add_argument, "num_inference_steps", 25, "N", "denoising steps")

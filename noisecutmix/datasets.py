@@ -185,7 +185,7 @@ class MixedDataset(Dataset[tuple[Any, torch.Tensor]]):
             raise InputError(f"{lack}; give the class names in the order of its labels", "class_names")
         if own_names is None:
             raise InputError("has no class_names; give an AugmentedDataset, or set its class_names", "augmented")
-        self._order = match_classes(names, own_names, "the real data set", "the augmented data set")
+        self._order = match_classes(names, own_names, "the real data", "the augmented data", option="class_names")
         self.class_names, self.num_classes = list(names), len(names)
         self.real: Any = real
         self.augmented: Any = augmented

@@ -131,14 +131,14 @@ def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(differences)
 
 
-def describe_program(command: Sequence[str]) -> dict[str, Any]:
+def describe_program(start: Sequence[str]) -> dict[str, Any]:
     """Return what a record says of the program: the command that continues the run, where it was given, the versions.
 
     Args:
-        command: the words that start the program; the flags of this process follow them.
+        start: the words that start the program; the flags of this process follow them.
     """
     return {
-        "command": [*command, *sys.argv[1:]],
+        "command": [*start, *sys.argv[1:]],
         "working_directory": os.getcwd(),
         "versions": {"noisecutmix": __version__, **{name: version(name) for name in LIBRARIES}},
     }
@@ -146,9 +146,11 @@ def describe_program(command: Sequence[str]) -> dict[str, Any]:
 
 def recorded_command(record: dict[str, Any], *more: str) -> str:
     """Return the command of a record as a line for a shell, from any folder, with more flags."""
-    line = shlex.join([*map(str, record.get("command", [])), *more])
-    folder = record.get("working_directory")  # earlier versions recorded absolute paths
-    return f"cd {shlex.quote(str(folder))} && {line}" if folder else line
+    if not record.get("command"):
+        return "the same command"
+    line, folder = shlex.join([*map(str, record["command"]), *more]), record.get("working_directory")
+    then = ";" if os.name == "nt" else " &&"  # Windows' PowerShell 5 has no &&
+    return f"cd {shlex.quote(str(folder))}{then} {line}" if folder else line  # earlier versions recorded no folder
 
 
 def write_png(path: Path, image: Image.Image, comment: str = "") -> None:

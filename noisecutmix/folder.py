@@ -108,13 +108,13 @@ class OutputFolder:
         fewest, most = max(there["num_aug"], len(self._read_labels())), 10 ** count_digits(there["num_aug"])
         if not fewest <= self.num_items <= most:
             reason = f"{self.root} is for {fewest} items, and its file names have room for {most}"
-            raise InputError(f"{reason}; ask for so many, or choose another folder", "num_aug")
+            raise InputError(f"{reason}; ask for {fewest} to {most}, or choose another folder", "num_aug")
 
     def begin(self, run: dict[str, Any]) -> bool:
         """Create the folder and run.json, unless another process has created it; return whether this one has.
 
         Args:
-            run: what run.json records beside the options, as JSON values; `command` continues the data set.
+            run: what run.json records beside the options, as JSON values; see `files.describe_program`.
 
         Raises:
             InputError: another process has just created the folder, with other options.

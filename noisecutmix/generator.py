@@ -96,8 +96,9 @@ class NoiseCutMixGenerator:
             raise
         self.pipe.set_progress_bar_config(disable=True)
         check_resolution(self.plan.resolution, self.pipe.vae_scale_factor)
-        self._steps = (num_inference_steps, guidance_scale, guidance_interval)
-        self.pipe.check_steps(*self._steps)
+        self.pipe.check_steps(num_inference_steps, guidance_scale, guidance_interval)
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self.guidance_interval = guidance_interval
         placeholders = find_placeholders(self.class_names, self.pipe.name2placeholder)
         self._prompts = [prompt.format(name=name, meta_class=self.meta_class) for name in placeholders]
         with quiet_libraries():
@@ -183,7 +184,7 @@ class NoiseCutMixGenerator:
         return images
 
     def compile(self) -> None:
-        """Compile UNet and VAE decoder by drawing a batch; later batches are padded to its size.
+        """Compile UNet and VAE decoder by drawing a batch, and print the seconds; later batches are padded to its size.
 
         Raises:
             RunError: PyTorch cannot compile here, or the device is out of memory at batch size 1.
@@ -207,14 +208,14 @@ class NoiseCutMixGenerator:
         batch = list(items)
         if self._pads_batches:
             batch += [batch[-1]] * (self.batch_size - len(batch))
-        is_mixed, (steps, scale, interval) = not self.plan.single_class, self._steps
+        is_mixed = not self.plan.single_class
         images: list[Image.Image] = self.pipe(
             mask=[item.mask() for item in batch] if is_mixed else None,
             height=batch[0].resolution,
             width=batch[0].resolution,
-            num_inference_steps=steps,
-            guidance_scale=scale,
-            guidance_interval=interval,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            guidance_interval=self.guidance_interval,
             generator=[torch.Generator().manual_seed(item.noise_seed) for item in batch],
             prompt_1_embeds=self._encode([self._prompts[item.target] for item in batch]),
             prompt_2_embeds=self._encode([self._prompts[item.aug] for item in batch]) if is_mixed else None,

@@ -60,8 +60,9 @@ def count_group() -> int:
         value = os.environ.get(name, "")
         if not (value if name == "MASTER_ADDR" else value.isdecimal()):
             state = f"is {value!r}" if name in os.environ else "is not set"
+            found = f"the environment variable {signs[0]} is {os.environ[signs[0]]!r}, but {name} {state}"
             remedy = f"start several processes with accelerate launch or torchrun, or unset {signs[0]} for one"
-            raise InputError(f"the variable {signs[0]} is {os.environ[signs[0]]!r}, but {name} {state}: {remedy}")
+            raise InputError(f"{found}: {remedy}")
     return int(os.environ["WORLD_SIZE"])
 
 

@@ -109,8 +109,7 @@ def fuse_lora(unet: Any, tensors: Tensors, settings: dict[str, Any] | None, file
             raise
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise refusal(file, f" does not fit the UNet; a LoRA of another base model? ({reason})") from error
-    lost = sorted((alphas.keys() - ranks.keys()) | (lora.keys() - placed.keys()))
-    if lost:
+    if lost := sorted((alphas.keys() - ranks.keys()) | (lora.keys() - placed.keys())):
         raise refusal(file, f": nothing in the UNet takes {lost[0]}; a LoRA of another base model?")
     if not len(tensors) - len(alphas) == len(lora) == len(placed):
         raise refusal(file, f": its {len(tensors)} LoRA tensors do not fill the {len(placed)} places in the UNet")

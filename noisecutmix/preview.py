@@ -1,4 +1,4 @@
-"""preview.png: a grid of the first pictures, with boxes and captions."""
+"""preview.png and other grids of pictures with captions."""
 
 import contextlib
 import functools
@@ -46,7 +46,7 @@ def draw_grid(
     legend: Sequence[tuple[str, Color]],
     columns: int = COLUMNS,
 ) -> Image.Image:
-    """Return a grid of the pictures, each with lines below it: a text, the name of a class, and a colour.
+    """Return a grid of `columns` pictures a row, each with lines below it: a text, the name of a class, and a colour.
 
     The legend, texts and their colours, stands above as many columns as there are texts, or in as many lines, where
     there are fewer columns or a text is wider than one.

@@ -182,7 +182,7 @@ def _download(model: str, prefers_half: bool) -> Path:
         if isinstance(error, errors.GatedRepoError):
             reason = f"{name} is gated: accept its conditions on its page of the hub, and set HF_TOKEN"
         elif isinstance(error, errors.RepositoryNotFoundError):
-            reason = f"{model} is no local folder, and the hub has no {name}, or it is private (then set HF_TOKEN)"
+            reason = f"{model} is no folder, and the hub has no {name}, or it is private: check it, or set HF_TOKEN"
         elif isinstance(error, errors.RevisionNotFoundError):
             reason = f"{name} has no revision {revision!r} on the hub"
         else:

@@ -489,7 +489,7 @@ def test_a_data_set_that_does_not_tell_its_classes_needs_their_names(folder, tmp
     assert classes_of(MixedDataset(Listed(), augmented, 0.0, CLASS_NAMES)) == CLASS_NAMES
     with pytest.raises(InputError, match="augmented: has no class_names"):
         MixedDataset(ImageFolder(root), Listed(), 0.0)
-    with pytest.raises(InputError, match="has no class '1', which is in the real data set"):
+    with pytest.raises(InputError, match="has no class '1', which is in the real data"):
         MixedDataset(ImageFolder(image_folder(tmp_path / "numbered", ["1", "2", "3"])), augmented, 0.0)
 
 

@@ -167,7 +167,7 @@ def test_a_folder_deleted_and_begun_again_holds_nothing_of_the_earlier_run(draw,
     wait_for_images(tmp_path / "out", 24, earlier)
     (tmp_path / "out").rename(tmp_path / "gone")  # a folder that is written into cannot be deleted at once
     end(draw(40, "--alpha=0.5"))
-    assert re.search("was deleted or replaced while this run was drawing|No such file", end(earlier, status=1))
+    assert re.search("was deleted or replaced meanwhile|No such file", end(earlier, status=1))
     assert files_of(tmp_path / "out") == expected(40, "--alpha=0.5")
 
 
@@ -312,16 +312,18 @@ def test_two_processes_of_accelerate_draw_what_one_draws(drawn, start, tmp_path,
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_signals_end_five_processes_and_the_sixth_completes_the_data_set(draw, expected, tmp_path):
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")]
-    *stopped, last = [draw(400, seconds=0.2) for _ in range(6)]
-    wait_for_images(tmp_path / "out", 100, last)
+    *stopped, last = [draw(600, seconds=0.3) for _ in range(6)]
+    for process in stopped:
+        process.stderr.readline()  # printed once signals are caught
+    wait_for_images(tmp_path / "out", 50, last)
     for process, number in zip(stopped, numbers):
         process.send_signal(number)
     for process, number in zip(stopped, numbers):
         assert "stopped; run the same command again" in end(process, 128 + number)
     last.kill()  # alone it would take long
     last.communicate()
-    run_to_the_end(tmp_path, DIGITS, 400)
-    assert files_of(tmp_path / "out") == expected(400)
+    run_to_the_end(tmp_path, DIGITS, 600)
+    assert files_of(tmp_path / "out") == expected(600)
 
 
 def test_generation_draws_once_in_a_launch(run_script, tmp_path, tiny_arguments):

@@ -45,7 +45,8 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
     for row, entry in summary.items():
         _, name = read_row(row)
         by_generator = sets[name].seen if name else (0, None, 0)
-        num_seen, kept = by_generator and by_generator[0], len(comparison.find_kept(name)) if name else 0
+        num_seen = by_generator[0] if by_generator else None
+        kept = len(comparison.find_kept(name)) if name else 0
         entry |= {"real_pictures": num_train, "real_pictures_of_generator": num_seen, "augmented_pictures": kept}
         seen[row] = (f"{num_train}", "", "")
         if name:
@@ -75,13 +76,11 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         )
     for name, chosen in sets.items():
         if chosen.checkpoint == "flower":
-            half = "trained on a random half of all pictures, perhaps of the published test, too"
-            notes.append(
-                f"Warning: {name} was drawn with Diff-Mix's flower checkpoint, {half}: it may come out too good."
-            )
+            half = "a random half of all pictures, and of the published test's: its rows may come out too good"
+            notes.append(f"Warning: {name} was drawn with Diff-Mix's flower checkpoint, which has seen {half}.")
         elif chosen.checkpoint and not comparison.test.published:
-            seen_ones = "which has seen the published training pictures; only the published test pictures are new to it"
-            notes.append(f"Warning: {name} was drawn with Diff-Mix's {chosen.checkpoint} checkpoint, {seen_ones}.")
+            known = f"{chosen.checkpoint} checkpoint, which has seen the published training pictures"
+            notes.append(f"Warning: {name} was drawn with Diff-Mix's {known}; only the published test is new to it.")
     if sets and comparison.result_file(REFERENCE).exists():
         top1 = comparison.read_top1(REFERENCE)
         pictures = ", ".join(f"highest_loss_{name}.png" for name in sets)

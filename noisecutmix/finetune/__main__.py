@@ -77,6 +77,7 @@ def create_parser() -> Parser:
 def parse(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
     """Return checked options. Raises InputError."""
     options = parser.parse_args(arguments)
+    options.meta_class = options.meta_class.strip()
     cli.check_model(options.model, options.resolution)
     output_dir, data_dir = options.output_dir.resolve(), options.data_dir.resolve()
     if data_dir in (output_dir, *output_dir.parents):
@@ -186,7 +187,7 @@ def train_and_draw(
         if accelerator.is_main_process:
             raise
         raise SystemExit(1) from None  # the main process prints the same message
-    except RuntimeError as error:
+    except (RuntimeError, RunError) as error:
         if is_out_of_memory(error):
             halve = "halve it and double --gradient_accumulation_steps, which gives the same weights"
             reason = f"out of memory with --train_batch_size={options.train_batch_size}"

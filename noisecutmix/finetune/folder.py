@@ -221,4 +221,4 @@ def check_pictures(photos: Photos, resolution: int, folder: TrainingFolder, list
 def _encode(content: dict[str, Any]) -> bytes:
     """Return JSON with one value a line, so all losses on one."""
     lines = (f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items())
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace")  # names may not be valid text

@@ -10,11 +10,11 @@ from ..files import write_png
 from ..generator import NoiseCutMixGenerator
 from ..photos import Photos, crop_square
 from ..plan import Item, Plan
-from ..preview import AUG_COLOR, MAX_PICTURES, Caption, draw_grid
+from ..preview import MAX_PICTURES, Caption, draw_grid
 from .folder import Recipe
 
 DRAWN_PER_CLASS = 2  # pictures, beside a real one
-REAL_COLOR = (0, 0, 0)
+REAL_COLOR, DRAWN_COLOR = (0, 0, 0), (31, 119, 180)
 
 
 def draw_preview(file: Path, recipe: Recipe, photos: Photos, *, model: str, device: str, batch_size: int) -> None:
@@ -42,7 +42,7 @@ def draw_preview(file: Path, recipe: Recipe, photos: Photos, *, model: str, devi
     for label in range(len(names)):
         real = crop_square(photos.open(photos.labels.index(label)), side)
         images += [real, *drawn[DRAWN_PER_CLASS * label : DRAWN_PER_CLASS * (label + 1)]]
-        captions += [[("", label, REAL_COLOR)], *[[("", label, AUG_COLOR)]] * DRAWN_PER_CLASS]
-    legend = [("black: a real picture", REAL_COLOR), ("blue: drawn by the model", AUG_COLOR)]
+        captions += [[("", label, REAL_COLOR)], *[[("", label, DRAWN_COLOR)]] * DRAWN_PER_CLASS]
+    legend = [("black: a real picture", REAL_COLOR), ("blue: drawn by the model", DRAWN_COLOR)]
     columns = (1 + DRAWN_PER_CLASS) * (2 if len(names) > 4 else 1)
     write_png(file, draw_grid(images, captions, names, legend, columns))

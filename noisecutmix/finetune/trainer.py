@@ -237,8 +237,7 @@ class Trainer:
         """
         names, table = self.photos.class_names, text_encoder.get_input_embeddings()
         placeholders = class_tokens(len(names))
-        known = tokenizer.get_vocab().keys() & placeholders
-        if known:
+        if known := tokenizer.get_vocab().keys() & placeholders:
             raise InputError(f"its tokenizer already has the token {min(known)}; choose another model", "model")
         words = without_numbers(names)
         words = list(names) if find_repeated(words) else words

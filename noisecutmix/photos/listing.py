@@ -179,8 +179,7 @@ def check_photos(
         found = list(tqdm(results, "checking pictures", len(files), leave=False, unit="picture", delay=2))
     finally:
         pool.shutdown(cancel_futures=True)
-    failed = [picture.refusal for picture in found if picture.refusal]
-    if failed:
+    if failed := [picture.refusal for picture in found if picture.refusal]:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise InputError(f"{failed[0]}{more}")
     notes = []

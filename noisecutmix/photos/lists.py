@@ -9,7 +9,6 @@ from pathlib import Path
 from ..classes import comparison_key
 from ..errors import InputError
 from .folders import Listing, picture_suffixes
-from .published import read_numbered
 
 HEADER = ("file", "filename", "file_name", "path", "filepath", "image", "image_path", "img", "name", "id")
 # beside train/ and valid/ in re-packagings of Oxford Flowers-102, and in CUB-200-2011
@@ -49,7 +48,7 @@ def read_list(file: Path, root: Path) -> Listing:
             raise InputError(f"{file}, line {number}: there {what} {root / cells[0]}")
         if root.resolve() not in found[0].resolve().parents:
             raise InputError(f"{file}, line {number}: {found[0]} is not in {root}; give paths below it")
-        (path,) = found
+        path = found[0]
         if os.path.isabs(cells[0]):  # such a path may name the folder in another way
             path = root / path.resolve().relative_to(root.resolve())
         if path in labels:
@@ -125,9 +124,11 @@ def find_names(root: Path, folders: list[str], file: Path | None) -> tuple[list[
 def _read_names(file: Path) -> dict[str, str] | list[str] | None:
     """Return the names by folder or in order, None if a file does not hold names."""
     try:
+        text = file.read_text(encoding="utf-8-sig")
         if file.suffix != ".json":
-            return {str(number): name for number, name in read_numbered(file).items()}
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+            entries = [re.fullmatch(r"(\d+)\s+(.+)", line.strip()) for line in text.splitlines() if line.strip()]
+            return {_key(entry[1]): entry[2] for entry in entries if entry} if all(entries) else None
+        content = json.loads(text)
     except (OSError, ValueError, RecursionError):
         return None
     values = list(content.values()) if isinstance(content, dict) else content

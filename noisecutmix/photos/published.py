@@ -10,7 +10,7 @@ from ..classes import comparison_key, load_classes, without_numbers
 from ..errors import InputError, first_line
 from .folders import Listing
 
-BANNER = 20  # pixels, which name the photographer
+BANNER = 20  # pixels, in which the photographer is named
 PARTS = ("train", "val", "test")
 SPLITS = {"train": ("train",), "trainval": ("train", "val"), "test": ("test",)}
 
@@ -44,7 +44,7 @@ ARCHIVES = (
 
 
 # class names in label order, and (path, label) of each picture of each part
-Content = tuple[list[str], dict[str, list[tuple[str, int]]]]
+_Content = tuple[list[str], dict[str, list[tuple[str, int]]]]
 
 
 def find_archive(folder: Path) -> tuple[Archive, Path] | None:
@@ -76,23 +76,23 @@ def list_archive(archive: Archive, base: Path, split: str) -> Listing:
         InputError: a list is missing, does not fit the others, or names pictures that are not there.
         OSError: a file cannot be read.
     """
-    lists, folder = f"the lists of {archive.title} in {base}", base / archive.pictures
+    source, folder = f"the lists of {archive.title} in {base}", base / archive.pictures
     for name in archive.lists:
         if not (base / name).is_file():
             raise InputError(f"{base} looks like {archive.title}, but lacks {name}; unpack the archive again")
     try:
-        names, parts = READERS[archive.data_name](base)
+        names, parts = _READERS[archive.data_name](base)
     except (ValueError, LookupError, UnicodeError) as error:
-        raise InputError(f"{lists} are damaged: {first_line(error)}") from error
+        raise InputError(f"{source} are damaged: {first_line(error)}") from error
     class_names = _as_the_project_spells(archive, names)
     if len(set(class_names)) < len(class_names):
-        raise InputError(f"{lists} name a class twice; unpack the archive again")
+        raise InputError(f"{source} name a class twice; unpack the archive again")
 
     # Every picture is in one part of the split, and in its folder
     listed = [path for part in PARTS for path, _ in parts[part]]
     if len(set(listed)) < len(listed):
         twice = next(path for path in listed if listed.count(path) > 1)
-        raise InputError(f"{lists} name {twice} twice; unpack the archive again")
+        raise InputError(f"{source} name {twice} twice; unpack the archive again")
     there = _find_pictures(folder)
     if missing := [path for path in listed if path not in there]:
         what = f"{len(missing)} of the {len(listed)} pictures of {archive.title}, such as {missing[0]}"
@@ -112,12 +112,12 @@ def list_archive(archive: Archive, base: Path, split: str) -> Listing:
         for path, label in parts[part]:
             pictures[class_names[label]].append(folder / path)
     if split != "test" and (empty := [name for name, files in pictures.items() if not files]):
-        raise InputError(f"{lists} name no picture for training of {empty[0]!r}")
+        raise InputError(f"{source} name no picture for training of {empty[0]!r}")
     pictures = {name: sorted(files) for name, files in pictures.items()}
     return Listing(pictures, notes, base, archive.title, archive.banner)
 
 
-def _read_cub(base: Path) -> Content:
+def _read_cub(base: Path) -> _Content:
     names = read_numbered(base / "classes.txt")
     files = read_numbered(base / "images.txt")
     labels = read_numbered(base / "image_class_labels.txt")
@@ -134,7 +134,7 @@ def _read_cub(base: Path) -> Content:
     return without_numbers(list(names.values())), parts
 
 
-def _read_flowers(base: Path) -> Content:
+def _read_flowers(base: Path) -> _Content:
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -158,7 +158,7 @@ def _read_flowers(base: Path) -> Content:
     return names, dict(zip(PARTS, parts))
 
 
-def _read_aircraft(base: Path) -> Content:
+def _read_aircraft(base: Path) -> _Content:
     names = [line for line in _lines(base / "variants.txt") if line]
     places = {name: label for label, name in enumerate(names)}
     parts: dict[str, list[tuple[str, int]]] = {}
@@ -181,7 +181,7 @@ def read_numbered(file: Path) -> dict[int, str]:
     return dict(sorted(numbered.items()))
 
 
-READERS = {"cub": _read_cub, "flower": _read_flowers, "aircraft": _read_aircraft}
+_READERS = {"cub": _read_cub, "flower": _read_flowers, "aircraft": _read_aircraft}
 
 
 def _find_pictures(folder: Path) -> set[str]:

@@ -121,7 +121,7 @@ def test_half_a_launch_is_refused_by_the_name_of_a_variable(monkeypatch, case):
     for name, value in HALF_LAUNCHES[case].items():
         monkeypatch.setenv(name, value)
     name = next(name for name in HALF_LAUNCHES[case] if "SIZE" in name or "TASKS" in name or name == "LOCAL_RANK")
-    with pytest.raises(InputError, match=f"^the variable {name} is .*unset {name} for one"):
+    with pytest.raises(InputError, match=f"^the environment variable {name} is .*unset {name} for one"):
         count_group()
 
 

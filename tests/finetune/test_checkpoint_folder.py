@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.checkpoint import load_pipeline
+from noisecutmix.finetune.folder import TrainingFolder
 from noisecutmix.finetune.trainer import Trainer
 from noisecutmix.photos import find_photos
 from noisecutmix.photos.opening import crop_square, open_photo
@@ -86,6 +87,14 @@ def test_the_folder_records_the_training(trained, tiny_model):
     log = np.loadtxt(trained / "log.csv", delimiter=",", skiprows=1)
     assert log[:, 0].tolist() == list(range(1, STEPS + 1)) and log[:, 1].tolist() == record["losses"]
     assert (log[:, 2:] == 1e-3).all() and (trained / "log.csv").read_text().startswith("step,loss,learning_rate,")
+
+
+def test_a_working_directory_that_is_no_valid_text_is_recorded(tmp_path):
+    record = {"options": {}, "listing": "", "command": [], "working_directory": "caf\udce9"}
+    for _ in range(2):
+        folder = TrainingFolder(tmp_path)
+        folder.begin(record)
+        assert folder.record["working_directory"] == "caf\udce9"
 
 
 def test_the_preview_shows_each_class_three_times(trained, photos):

@@ -226,8 +226,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, flags):
         assert np.isfinite(torch.load(file, weights_only=True)["losses"]).all()
 
 
-def test_out_of_memory_suggests_flags(tmp_path, flags, monkeypatch):
-    stop_at(monkeypatch, 5, error=torch.OutOfMemoryError("CUDA out of memory"))
+@pytest.mark.parametrize("place", ["noisecutmix.finetune.trainer.Trainer.step", "noisecutmix.generator.load_pipeline"])
+def test_out_of_memory_suggests_flags(tmp_path, flags, monkeypatch, place):
+    """In a step, and while the model of a preview is loaded."""
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(place, fail)
     with pytest.raises(RunError, match=r"out of memory with --train_batch_size=4; halve it and double"):
         finetune(tmp_path, *flags)
 
