@@ -98,7 +98,6 @@ class Trainer:
 
     Attributes:
         lora: (down, up) of each attention layer, in the form that `save_checkpoint` takes.
-        rows: the new tokens' embeddings (num_classes, width).
         latents: the pictures' latents.
 
     Raises:
@@ -130,7 +129,7 @@ class Trainer:
             for part in (pipe.vae, pipe.text_encoder, pipe.unet):
                 part.requires_grad_(False)
             pipe.unet.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=LORA_LAYERS))
-            self.rows = self._add_tokens(pipe.tokenizer, pipe.text_encoder)
+            self._token_table = self._add_tokens(pipe.tokenizer, pipe.text_encoder)
         self.lora = self._draw_lora(pipe.unet)
         pipe.unet.train()
         if checkpoints_gradients:
@@ -162,6 +161,11 @@ class Trainer:
             random_crop=recipe.random_crop,
             min_side=2 * recipe.resolution if recipe.reduced_decoding else None,
         )
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """The new tokens' embeddings (num_classes, width); another object on another device."""
+        return self._token_table.rows
 
     def step(self, step: int, wants_stop: bool = False) -> tuple[float, bool]:
         """Train one step, counted from 0.
@@ -229,12 +233,8 @@ class Trainer:
         precision = " or dtype=bfloat16" if self._dtype == torch.float16 else ""
         return NotFiniteError(f"{what} is not finite; use another output_dir and lower learning rates{precision}")
 
-    def _add_tokens(self, tokenizer: Any, text_encoder: Any) -> nn.Parameter:
-        """Add a token per class, initialised as the mean of the tokens of its name; set the captions' ids.
-
-        Returns:
-            The tokens' embeddings (num_classes, width).
-        """
+    def _add_tokens(self, tokenizer: Any, text_encoder: Any) -> TokenTable:
+        """Add a token per class, initialised as the mean of the tokens of its name; set the captions' ids."""
         names, table = self.photos.class_names, text_encoder.get_input_embeddings()
         placeholders = class_tokens(len(names))
         if known := tokenizer.get_vocab().keys() & placeholders:
@@ -250,7 +250,7 @@ class Trainer:
         self._ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         token_table = TokenTable(table, rows, tokenizer.convert_tokens_to_ids(placeholders[0]))
         text_encoder.set_input_embeddings(token_table)
-        return token_table.rows
+        return token_table
 
     def _draw_lora(self, unet: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Draw `down` from a normal distribution of standard deviation 1 / rank; set `up` to zero; both in float32."""
