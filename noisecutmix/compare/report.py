@@ -76,7 +76,7 @@ def write_report(comparison: Comparison, baseline: str, num_leaked: int, tests_o
         )
     for name, chosen in sets.items():
         if chosen.checkpoint == "flower":
-            half = "a random half of all pictures, and of the published test's: its rows may come out too good"
+            half = "a random half of all pictures, so also of the published test's: its rows may come out too good"
             notes.append(f"Warning: {name} was drawn with Diff-Mix's flower checkpoint, which has seen {half}.")
         elif chosen.checkpoint and not comparison.test.published:
             known = f"{chosen.checkpoint} checkpoint, which has seen the published training pictures"
