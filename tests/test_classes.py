@@ -88,7 +88,7 @@ def test_a_folder_whose_training_has_no_checkpoint_yet_gives_the_command(tmp_pat
     record = {"command": ["python", "-m", "noisecutmix.finetune", "--data_dir=my photos"], "working_directory": "/a b"}
     folder = write_finetuned(tmp_path / "mine", **record)
     (folder / "classes.json").unlink()
-    line = "cd '/a b' && python -m noisecutmix.finetune '--data_dir=my photos'"
+    line = "cd '/a b'(;| &&) python -m noisecutmix.finetune '--data_dir=my photos'"
     with pytest.raises(InputError, match=f"no checkpoint yet; continue it with: {line}$"):
         load_classes(str(folder))
 

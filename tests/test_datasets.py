@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import tempfile
@@ -114,7 +115,8 @@ def test_an_unfinished_folder_is_refused_with_its_progress(folder, tmp_path, tin
     (root / "soft_label.npy").unlink()
     (root / "image" / "gen_0004.png").unlink()
     with pytest.raises(
-        InputError, match=r"11 of 12 items are done; continue with: cd \S+ && python \S+augmentation.py .*--num_aug=12"
+        InputError,
+        match=r"11 of 12 items are done; continue with: cd \S+(;| &&) python \S+augmentation.py .*--num_aug=12",
     ):
         AugmentedDataset(root)
 
@@ -126,7 +128,7 @@ def test_an_inconsistent_folder_is_refused(folder, tmp_path):
         AugmentedDataset(root)
     for damaged in (b"", b"\x93NUMPY\x01\x00\x06\x00{'a':("):
         (root / "soft_label.npy").write_bytes(damaged)
-        with pytest.raises(InputError, match=r"soft_label.npy is damaged; repair with: cd \S+ && python \S+aug"):
+        with pytest.raises(InputError, match=r"soft_label.npy is damaged; repair with: cd \S+(;| &&) python \S+aug"):
             AugmentedDataset(root)
     with pytest.raises(InputError, match=r"is not a data set of augmentation.py"):
         AugmentedDataset(tmp_path / "nowhere")
@@ -139,7 +141,8 @@ def test_the_suggested_command_repairs_a_copy(tiny_arguments, folder, tmp_path):
     untouched = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     with pytest.raises(InputError) as refusal:
         AugmentedDataset(root)
-    _, directory, _, *words = shlex.split(str(refusal.value).partition("repair with: ")[2])
+    _, directory, words = re.split(r"cd |(?<=\S)(?:;| &&) ", str(refusal.value).partition("repair with: ")[2])
+    (directory,), words = shlex.split(directory), shlex.split(words)
     assert words[:2] == ["python", str(ROOT / "augmentation.py")] and words.count(f"--output_dir={root}") == 1
     with as_command_line(*words[1:], folder=directory) as main:
         main()

@@ -1,6 +1,7 @@
 """What a result depends on cannot be forgotten, and a folder that an earlier version began can be continued."""
 
 import json
+import os
 import shlex
 
 import pytest
@@ -172,7 +173,8 @@ def test_the_recorded_command_runs_in_every_folder(folder, command):
         recorded = describe_program(program_words())
     start = ["python", str(ROOT / command)] if command.endswith(".py") else ["python", "-m", command]
     line = recorded_command(recorded, "--output_dir=a copy")
-    assert line == f"cd {folder} && {shlex.join([*start, *flags])} '--output_dir=a copy'"
+    then = ";" if os.name == "nt" else " &&"
+    assert line == f"cd {shlex.quote(str(folder))}{then} {shlex.join([*start, *flags])} '--output_dir=a copy'"
 
 
 @pytest.mark.parametrize("command", ["augmentation.py", "noisecutmix.finetune"])
