@@ -81,6 +81,7 @@ def test_the_first_command_writes_the_documented_files(first_command):
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert run["num_aug"] == 32
     assert run["options"]["guidance_scale"] == 7.5 and run["options"]["num_inference_steps"] == 5
+    assert SCRIPTS["augmentation.py"].get_default("num_inference_steps") == 25
     assert {"torch", "diffusers", "noisecutmix"} <= run["versions"].keys()
     assert Image.open(out / "preview.png").size[0] > 512
 

@@ -157,7 +157,7 @@ def test_two_processes_print_one_error(tmp_path, flags, photos, start):
 def test_mirrored_digits_are_learned(tmp_path):
     """The README's commands, for a shorter time, and a classifier that was trained on other mirrored digits."""
     shorter = {
-        "noisecutmix.finetune": ["--max_train_steps=300"],
+        "noisecutmix.finetune": ["--max_train_steps=400"],
         "generation.py": ["--num_gen=2"],
         "augmentation.py": ["--num_aug=16"],
         "noisecutmix.compare": ["--epochs=2", "--seeds=1"],
@@ -198,7 +198,7 @@ def test_mirrored_digits_are_learned(tmp_path):
     drawn = np.stack([np.asarray(image.convert("L")) for image in generator.draw(items)]).reshape(60, -1) / 255
     wanted = [train.CLASS_NAMES.index(generator.class_names[item.target]) for item in items]
     accuracy = (classifier.predict(drawn) == wanted).mean()
-    assert accuracy >= 0.4  # 0.97 after all of the README's steps
+    assert accuracy >= 0.7  # 0.97 after all of the README's steps
 
 
 def readme_commands():
