@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import as_command_line, wait_until
+from drawing import as_command_line, wait_until
 from PIL import Image
 
 from noisecutmix.folder import OutputFolder

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import CLASS_NAMES, as_command_line, write_photos
+from drawing import CLASS_NAMES, as_command_line, write_photos
 from random_models import RECIPE
 from safetensors.torch import load_file
 

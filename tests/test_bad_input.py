@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, as_command_line, offline_environment
+from drawing import ROOT, as_command_line, offline_environment
 
 from noisecutmix import cli
 from noisecutmix.compare import __main__ as compare

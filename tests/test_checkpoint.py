@@ -10,7 +10,9 @@ import warnings
 import huggingface_hub
 import pytest
 import torch
-from conftest import (
+from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from drawing import (
     ROOT,
     TINY_WIDTH,
     files_of,
@@ -21,8 +23,6 @@ from conftest import (
     write_checkpoint,
     write_embeddings,
 )
-from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from finetuning import finetune
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file, save_file

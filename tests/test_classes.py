@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import pytest
-from conftest import DIGITS
+from drawing import DIGITS
 
 from noisecutmix import cli
 from noisecutmix.classes import comparison_key, find_placeholders, load_classes, match_classes, normalise

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from drawing import ROOT
 from dry_run import CARDS, compute_drawing, compute_training, describe
 from fake_card import FakeCard, HostRead, WrongType, build_generator, build_pipeline, can_fake_cuda
 from fake_training import cuda_autocast

@@ -15,7 +15,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES, DIGITS, ROOT, as_command_line, load_module
+from drawing import CLASS_NAMES, DIGITS, ROOT, as_command_line, load_module
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.datasets import ImageFolder

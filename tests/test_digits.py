@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, load_module
+from drawing import DIGITS, ROOT, load_module
 from PIL import Image
 from sklearn.svm import SVC
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import ROOT, as_command_line, load_module, offline_environment
+from drawing import ROOT, as_command_line, load_module, offline_environment
 from PIL import Image
 
 pytestmark = pytest.mark.slow

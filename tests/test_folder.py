@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import as_command_line, files_of, run_to_the_end
+from drawing import as_command_line, files_of, run_to_the_end
 from PIL import Image, PngImagePlugin
 
 from noisecutmix import AugmentedDataset, files

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_command_line
+from drawing import ROOT, as_command_line
 from PIL import Image
 
 from noisecutmix import AugmentedDataset, MixedDataset

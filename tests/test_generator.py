@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES
+from drawing import CLASS_NAMES
 
 from noisecutmix import NoiseCutMixGenerator
 from noisecutmix.classes import Classes

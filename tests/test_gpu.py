@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, offline_environment
+from drawing import ROOT, command, offline_environment
 from dry_run import ACTIVATIONS_RESERVE, compute_drawing
 from PIL import Image
 from random_models import SHAPES, build

@@ -15,7 +15,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT
+from drawing import ROOT
 from safetensors.torch import load_file, save_file
 
 FIRST, SECOND = "1" * 40, "2" * 40

@@ -16,7 +16,7 @@ import time
 
 import psutil
 import pytest
-from conftest import MAX_WAIT, ROOT, command, files_of, load_module, run_to_the_end, wait_for_images
+from drawing import MAX_WAIT, ROOT, command, files_of, load_module, run_to_the_end, wait_for_images
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, as_command_line
+from drawing import ROOT, as_command_line
 from PIL import Image
 
 from noisecutmix.cli import create_augmentation_parser, create_generation_parser

@@ -5,7 +5,7 @@ import os
 import shlex
 
 import pytest
-from conftest import DIGITS, ROOT, as_command_line, write_photos
+from drawing import DIGITS, ROOT, as_command_line, write_photos
 
 from noisecutmix import cli
 from noisecutmix.compare import __main__ as compare

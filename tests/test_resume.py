@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import MAX_WAIT, ROOT, command, files_of, offline_environment, run_to_the_end, wait_for_images
+from drawing import MAX_WAIT, ROOT, command, files_of, offline_environment, run_to_the_end, wait_for_images
 from PIL import Image
 
 from noisecutmix.errors import InputError, RunError

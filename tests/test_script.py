@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import CLASS_NAMES, MAX_WAIT, ROOT, command, offline_environment, wait_for_images
+from drawing import CLASS_NAMES, MAX_WAIT, ROOT, command, offline_environment, wait_for_images
 
 ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals and pipes")
 
@@ -139,8 +139,8 @@ def test_signals_at_many_moments_of_the_start(start, tmp_path, tiny_arguments):
 
 
 def test_class_names_in_every_script_are_written_and_drawn(run_script, tmp_path, tiny_model, tmp_path_factory):
-    from conftest import in_old_keys, random_lora, write_checkpoint
     from diffusers import UNet2DConditionModel
+    from drawing import in_old_keys, random_lora, write_checkpoint
 
     names = ["Vögelchen", "Žluťoučký kůň", "птица"]
     unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")

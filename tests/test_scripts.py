@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import CLASS_NAMES, as_command_line
+from drawing import CLASS_NAMES, as_command_line
 from PIL import Image
 
 from noisecutmix.errors import InputError

@@ -20,7 +20,7 @@ from comparing import answered as answered
 from comparing import first_answer as first_answer
 from comparing import folder as folder
 from comparing import pictures as pictures
-from conftest import MAX_WAIT, as_command_line, command, offline_environment, write_photos
+from drawing import MAX_WAIT, as_command_line, command, offline_environment, write_photos
 from PIL import Image
 from test_bad_input import files_below
 

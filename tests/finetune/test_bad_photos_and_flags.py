@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from conftest import CLASS_NAMES, ROOT
+from drawing import CLASS_NAMES, ROOT
 from finetuning import LORA, SCRIPT, contents_of, copy_of, finetune, rename, truncate
 from test_bad_input import files_below, refusal_of, run_without_torch
 

@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import as_command_line
 from diffusers import StableDiffusionPipeline
+from drawing import as_command_line
 from finetuning import (
     EMBEDDINGS,
     LORA,

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import CLASS_NAMES, DIGITS, MAX_WAIT, ROOT, as_command_line, command, load_module, wait_until
+from drawing import CLASS_NAMES, DIGITS, MAX_WAIT, ROOT, as_command_line, command, load_module, wait_until
 from finetuning import ROUNDING_UNDER_ADAM, SCRIPT, assert_same_training, difference, finetune, truncate
 from sklearn.svm import SVC
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES
+from drawing import CLASS_NAMES
 from finetuning import (
     LORA,
     SCRIPT,

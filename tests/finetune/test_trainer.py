@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from benchmark_finetune import PlainLoop, Setup
-from conftest import RANK, write_photos
 from diffusers import StableDiffusionPipeline
+from drawing import RANK, write_photos
 from finetuning import (
     OWN_RECIPE,
     ROUNDING_UNDER_ADAM,

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import CLASS_NAMES, write_photos
+from drawing import CLASS_NAMES, write_photos
 from PIL import Image, ImageCms, PngImagePlugin
 
 from noisecutmix.errors import InputError

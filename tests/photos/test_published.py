@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, as_command_line, in_old_keys, write_checkpoint
+from drawing import ROOT, as_command_line, in_old_keys, write_checkpoint
 from finetuning import finetune
 from PIL import Image
 from scipy.io import savemat
