@@ -53,7 +53,7 @@ def numbers(first, size):
     return data_set
 
 
-start_methods = pytest.mark.parametrize("method", ["fork", "spawn"])
+start_methods = pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 
 
 def skip_without(method):

@@ -131,7 +131,14 @@ def test_a_model_is_fetched_once_whatever_happens_to_its_repository(hub, find, t
     assert find(f"{NAME}@{SECOND}").startswith(SECOND) and hub.requests
 
 
-@pytest.mark.parametrize("lost", ["unet/diffusion_pytorch_model.safetensors", "tokenizer", "vae/config.json"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "tokenizer",
+        pytest.param("unet/diffusion_pytorch_model.safetensors", marks=pytest.mark.slow),
+        pytest.param("vae/config.json", marks=pytest.mark.slow),
+    ],
+)
 def test_only_what_is_missing_in_the_cache_is_fetched(hub, find, tmp_path, lost):
     if lost == "tokenizer":  # of one file, or of two with older versions of transformers
         is_old = (hub.root / "tokenizer" / "merges.txt").exists()

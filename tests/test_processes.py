@@ -89,6 +89,7 @@ def test_two_without_any_variable_share_the_work(draw, expected, tmp_path):
     assert sum(drawn) <= 60 + 4 and min(drawn) >= 15, drawn
 
 
+@pytest.mark.slow
 def test_one_joins_in_the_middle(draw, expected, tmp_path):
     wanted = expected(480)
     first = draw(480, seconds=0.1)
@@ -140,17 +141,17 @@ def test_each_process_of_a_scheduler_begins_at_its_own_share(monkeypatch, way):
      {"SLURM_PROCID": "", "SLURM_NTASKS": "-1"}, {"LOCAL_RANK": "5"}, {"SLURM_ARRAY_TASK_ID": "9"}],
 )  # fmt: skip
 def test_wrong_and_missing_variables_change_only_the_order(expected, tmp_path, monkeypatch, environment):
-    wanted = expected(40)
+    wanted = expected(16)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    run_to_the_end(tmp_path, DIGITS, 40)
+    run_to_the_end(tmp_path, DIGITS, 16)
     assert files_of(tmp_path / "out") == wanted
 
 
 @pytest.mark.slow
 def test_of_two_commands_at_the_same_moment_one_is_refused(draw, expected, tmp_path):
     wanted = {alpha: expected(16, f"--alpha={alpha}") for alpha in (1.0, 0.5)}
-    for _ in range(20):
+    for _ in range(10):
         two = {alpha: draw(16, f"--alpha={alpha}") for alpha in wanted}
         errors = {alpha: process.communicate(timeout=MAX_WAIT)[1] for alpha, process in two.items()}
         assert sorted(process.returncode for process in two.values()) == [0, 2], errors

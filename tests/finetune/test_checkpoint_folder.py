@@ -140,6 +140,7 @@ def test_a_stop_at_the_last_step_leaves_no_latents(tmp_path, flags, trained, mon
     assert not (tmp_path / "out" / "latents.bin").exists()
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_preview_leaves_no_earlier_one(tmp_path, flags, trained, monkeypatch):
     """More steps continue the training."""
     finetune(tmp_path, *flags, "--max_train_steps=6")
@@ -158,6 +159,7 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_previews_show_how_it_learns(tmp_path, flags, trained, monkeypatch):
     """They are the same after an interruption, also one between a checkpoint and its preview."""
     finetune(tmp_path, *flags, "--preview_steps=5")

@@ -247,6 +247,7 @@ def test_options_change_what_is_trained(tiny_model, photos, tmp_path, changes):
     assert 1e-5 < (changed - weights).abs().max() < 10
 
 
+@pytest.mark.slow
 def test_the_type_of_the_frozen_weights_is_not_that_of_the_trained_ones(tmp_path, flags, trained):
     finetune(tmp_path, *flags, "--dtype=bfloat16")
     assert ROUNDING_UNDER_ADAM < difference(tmp_path / "out", trained) < 1

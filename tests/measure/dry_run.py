@@ -122,18 +122,17 @@ def compute_training(
                 trainer = build_trainer(card, shape, Path(folder), recipe, gradient_checkpointing)
                 trainer.latents.encode(Path(folder) / "latents.bin", "")
                 most_while_encoding = max(card.peaks.values())
+                card.start()
                 with cuda_autocast(getattr(torch, dtype)):
-                    trainer.step(0)  # makes the optimizer's moments
-                    card.start()
-                    trainer.step(1)
+                    trainer.step(0)
                 usages.append(
                     TrainingUsage(
                         batch_size,
                         gradient_checkpointing,
                         sum(card.flops.values()) / batch_size,
-                        card.weights,
+                        card.live,  # with the optimizer's moments, which the step has made
                         card.activations(),
-                        most_while_encoding - card.weights,
+                        most_while_encoding - card.live,
                     )
                 )
     return usages
