@@ -12,10 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from .classes import EMBEDDINGS_FILE, LORA_FILE, find_repeated, normalise
-from .errors import InputError, first_line, is_out_of_memory
+from .errors import InputError, first_line, is_out_of_memory, quiet_libraries
 from .files import write_file
 from .lora import Tensors, fuse_lora, is_finite, load_pickle, read_lora, refusal
-from .quiet import quiet_libraries
 from .ranges import default_dtype
 from .sources import WITH_WEIGHTS, find_checkpoint_files, find_model
 

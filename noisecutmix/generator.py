@@ -12,10 +12,9 @@ from PIL import Image
 
 from .checkpoint import load_pipeline, load_sampler
 from .classes import DEFAULT_PROMPT, Classes, check_prompt, find_placeholders, find_repeated, load_classes
-from .errors import InputError, RunError, first_line, is_out_of_memory
+from .errors import InputError, RunError, first_line, is_out_of_memory, quiet_libraries
 from .pipeline import check_schedule
 from .plan import Item, Plan
-from .quiet import quiet_libraries
 from .ranges import RANGES, Range, check_resolution
 from .script import say
 from .sources import find_checkpoint_files

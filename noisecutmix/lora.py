@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import InputError, first_line, is_out_of_memory
-from .quiet import quiet_libraries
+from .errors import InputError, first_line, is_out_of_memory, quiet_libraries
 from .sources import ADAPTER_FILE
 
 with quiet_libraries():

@@ -27,7 +27,8 @@ def run(script, *arguments, folder):
 
 
 def test_overview_equals_the_output_of_its_script(tmp_path):
-    run("img/make_overview.py", f"--output={tmp_path / 'overview.png'}", folder=tmp_path)
+    with as_command_line("img/make_overview.py", "--output=overview.png", folder=tmp_path) as main:
+        main()
     drawn, committed = (
         np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "overview.png", ROOT / "img" / "overview.png")
     )

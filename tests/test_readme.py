@@ -96,13 +96,6 @@ def test_snippets_run(first_command, monkeypatch, number):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.slow  # .ci/quickstart runs it, too
-@pytest.mark.parametrize(("script", "arguments"), script_commands("sh")[1:])
-def test_the_other_commands_run(run_script, script, arguments):
-    done = run_script(script, *arguments)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize(("script", "arguments"), script_commands("sh gpu"))
 def test_gpu_commands_have_valid_flags(script, arguments):
     PARSERS[script].parse_args(arguments)

@@ -18,9 +18,8 @@ from torch import nn
 from .. import script
 from ..checkpoint import DTYPES, class_tokens, load_base_model, save_checkpoint
 from ..classes import DEFAULT_PROMPT, find_repeated, normalise, without_numbers
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, quiet_libraries
 from ..photos import Photos
-from ..quiet import quiet_libraries
 from .folder import Recipe
 from .samples import PictureLatents, Sample, plan_sample
 

@@ -123,7 +123,7 @@ def test_rows_of_a_seed_differ_in_the_augmented_pictures_alone(folder):
 
 @pytest.mark.slow
 def test_processes_continue_a_killed_comparison_and_share_it(folder, start):
-    arguments = ["--augmented=ours=aug", "--epochs=16", "--seeds=3"]
+    arguments = ["--augmented=ours=aug", "--epochs=8", "--seeds=3"]
     with as_command_line("noisecutmix.compare", *QUICK, *arguments, "--output_dir=whole", folder=folder) as main:
         main()
     killed = start(command("noisecutmix.compare", *QUICK, *arguments))
