@@ -1,4 +1,4 @@
-"""README's lines for other libraries run; each library is in an environment of its own (see .ci/run)."""
+"""README's lines for other libraries run; these are in an environment of their own (see .ci/run)."""
 
 import io
 import re
