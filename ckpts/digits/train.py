@@ -187,9 +187,8 @@ def train_vae(images, steps, rng):
 
     optimize(vae.parameters(), loss_of_batch, steps, 2e-3, "autoencoder")
     vae.eval().requires_grad_(False)
-    with torch.no_grad():
-        # in parts, which takes half as long as all at once
-        encoded = [vae.encode(part).latent_dist.parameters for part in images.split(64)]
+    # in parts, which takes half as long as all at once
+    encoded = [vae.encode(part).latent_dist.parameters for part in images.split(64)]
     posterior = DiagonalGaussianDistribution(torch.cat(encoded))
     vae.register_to_config(scaling_factor=float(1 / posterior.sample(generator=rng).std()))
     return vae, posterior
